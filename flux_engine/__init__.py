@@ -1,0 +1,71 @@
+"""flux-engine: runs FLUX-class image models fast, on one GPU or on a CPU.
+
+    import flux_engine
+    engine = flux_engine.load("demo-schnell")
+    engine("a large red circle on a blue background", seed=0).save("circle.png")
+
+Importing this package is light: torch and transformers come in with the first `load`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from flux_engine.config import EngineConfig
+from flux_engine.errors import (
+    FluxEngineError,
+    InvalidRequest,
+    OutOfMemory,
+    OutputError,
+    RequestCancelled,
+    UnknownModel,
+    UnknownSchema,
+    UnsupportedError,
+    WeightsError,
+)
+from flux_engine.request import Request
+
+if TYPE_CHECKING:
+    from flux_engine.engine import Engine, load
+    from flux_engine.predictor import Predictor
+    from flux_engine.result import Result
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Engine",
+    "EngineConfig",
+    "FluxEngineError",
+    "InvalidRequest",
+    "OutOfMemory",
+    "OutputError",
+    "Predictor",
+    "Request",
+    "RequestCancelled",
+    "Result",
+    "UnknownModel",
+    "UnknownSchema",
+    "UnsupportedError",
+    "WeightsError",
+    "__version__",
+    "load",
+]
+
+_HEAVY = {
+    "Engine": "flux_engine.engine",
+    "Predictor": "flux_engine.predictor",
+    "Result": "flux_engine.result",
+    "load": "flux_engine.engine",
+}
+"""Names whose modules need torch: imported when first asked for."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HEAVY:
+        return getattr(importlib.import_module(_HEAVY[name]), name)
+    raise AttributeError(f"module 'flux_engine' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Weight files: reading them (`source`), checking and placing them (`load`), other layouts (`keys`, `export`)."""

@@ -1,0 +1,73 @@
+"""Fill a network from a source: made on the meta device, filled tensor by tensor, strict about names and shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from flux_engine.checkpoints.source import WeightSource
+from flux_engine.errors import WeightsError
+
+Module = TypeVar("Module", bound=nn.Module)
+SHOWN = 8
+"""How many names of each kind an error lists."""
+
+
+def load_module(
+    make: Callable[[], Module],
+    source: WeightSource,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    rename: Callable[[str], str] = lambda name: name,
+    tied: Mapping[str, str] | None = None,
+) -> Module:
+    """Make a network and fill it from `source`.
+
+    `make` builds it; nothing is allocated or initialised while it does. `rename` turns the network's name of a
+    parameter into the file's. `tied` maps a parameter to the one whose storage it shares and which alone is stored.
+    Raises WeightsError listing every tensor that is missing, left over or of another shape; then nothing was placed.
+    """
+    with torch.device("meta"):
+        module = make()
+    tied = tied or {}
+    wanted = {
+        name: (rename(name), tuple(tensor.shape))
+        for name, tensor in module.state_dict().items()
+        if name not in tied
+    }
+    _compare(source, dict(wanted.values()))
+    state = {
+        name: source.rows(stored, dtype=dtype).to(device)
+        for name, (stored, _) in wanted.items()
+    }
+    state |= {name: state[original] for name, original in tied.items()}
+    module.load_state_dict(state, strict=True, assign=True)
+    for name, original in tied.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(parent), leaf, module.get_parameter(original))
+    return module.eval().requires_grad_(False)
+
+
+def _compare(source: WeightSource, wanted: Mapping[str, Sequence[int]]) -> None:
+    problems = {
+        "missing": [name for name in wanted if name not in source.shapes],
+        "not known": [name for name in source.shapes if name not in wanted],
+        "of another shape": [
+            f"{name} is {list(source.shapes[name])}, not {list(shape)}"
+            for name, shape in wanted.items()
+            if name in source.shapes and source.shapes[name] != tuple(shape)
+        ],
+    }
+    lines = [
+        f"{len(names)} {kind}: {', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"
+        for kind, names in problems.items()
+        if names
+    ]
+    if lines:
+        raise WeightsError(
+            f"{source.path} does not fit the network. Tensors " + "; ".join(lines)
+        )

@@ -1,0 +1,288 @@
+"""The command line: `flux-engine generate|models|info|schema`.
+
+A request is checked before torch is imported, so a slip of the keyboard answers in a tenth of a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flux_engine import __version__, files, hub
+from flux_engine.config import DTYPES, EngineConfig
+from flux_engine.errors import FluxEngineError, InvalidRequest, WeightsError
+from flux_engine.replicate.schemas import SCHEMAS, find_schema
+from flux_engine.request import Request
+from flux_engine.specs import MEGAPIXELS, PUBLISHED_SIZES, SPECS
+
+DEFAULT_MODEL = "demo-schnell"
+_IMPORTED = time.perf_counter()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 1 for an error, 2 for bad input."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except FluxEngineError as error:
+        print(f"flux-engine: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    except KeyboardInterrupt:
+        print("flux-engine: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="flux-engine", description="Run FLUX-class image models."
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"flux-engine {__version__}"
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    generate = commands.add_parser("generate", help="make pictures from a prompt")
+    generate.add_argument("prompt")
+    generate.add_argument("--model", default=DEFAULT_MODEL)
+    generate.add_argument("--negative-prompt")
+    generate.add_argument(
+        "--aspect-ratio", metavar="W:H", help=f"one of {', '.join(PUBLISHED_SIZES)}"
+    )
+    generate.add_argument("--megapixels", help=f"one of {', '.join(MEGAPIXELS)}")
+    generate.add_argument("--width", type=int)
+    generate.add_argument("--height", type=int)
+    generate.add_argument("--num-outputs", type=int, default=1, metavar="N")
+    generate.add_argument("--steps", type=int, metavar="N")
+    generate.add_argument(
+        "--guidance", type=float, metavar="SCALE", help="of models that take one"
+    )
+    generate.add_argument(
+        "--true-cfg", type=float, metavar="SCALE", help="of the negative prompt"
+    )
+    generate.add_argument("--seed", type=int)
+    generate.add_argument(
+        "--output",
+        type=Path,
+        help="file to write; with several pictures -0, -1, ... is put before the ending",
+    )
+    generate.add_argument("--format", help="png, jpg or webp; else the file's ending")
+    generate.add_argument("--quality", type=int, default=95, help="of jpg and webp")
+    generate.add_argument(
+        "--no-metadata",
+        action="store_true",
+        help="do not write the prompt and parameters into the file",
+    )
+    generate.add_argument(
+        "--strict", action="store_true", help="refuse what would be adjusted"
+    )
+    generate.add_argument("--device", help="auto, cpu, cuda, cuda:N")
+    generate.add_argument("--dtype", help=", ".join(DTYPES))
+    generate.add_argument("--json", action="store_true", help="print JSON only")
+    generate.set_defaults(run=_generate)
+
+    models = commands.add_parser("models", help="list the models that can be loaded")
+    models.add_argument("--json", action="store_true")
+    models.set_defaults(run=_models)
+
+    info = commands.add_parser(
+        "info", help="what this machine runs, and with --model what is in force for it"
+    )
+    info.add_argument("--model")
+    info.add_argument("--device")
+    info.add_argument("--dtype")
+    info.add_argument("--json", action="store_true")
+    info.set_defaults(run=_info)
+
+    schema = commands.add_parser("schema", help="show a published input schema")
+    schema.add_argument("name", help=f"one of {', '.join(SCHEMAS)}")
+    schema.add_argument("--openapi", action="store_true", help="as an OpenAPI document")
+    schema.set_defaults(run=_schema)
+    return parser
+
+
+def _generate(args: argparse.Namespace) -> None:
+    request = Request(
+        prompt=args.prompt,
+        negative_prompt=args.negative_prompt,
+        aspect_ratio=args.aspect_ratio,
+        megapixels=args.megapixels,
+        width=args.width,
+        height=args.height,
+        num_outputs=args.num_outputs,
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance,
+        true_cfg_scale=args.true_cfg,
+        seed=args.seed,
+        strict=args.strict,
+    )
+    config = EngineConfig.from_environment(device=args.device, dtype=args.dtype)
+    manifest = hub.find(args.model, config.weights)
+    if manifest.spec not in SPECS:
+        raise WeightsError(f"{args.model}: unknown spec {manifest.spec!r}")
+    job = request.resolve(SPECS[manifest.spec])
+    kind = files.image_format(args.output or Path("out.png"), args.format)
+    if not 0 <= args.quality <= 100:
+        raise InvalidRequest(f"quality {args.quality} is outside 0 to 100")
+    paths = _paths(args.output or Path(f"out.{kind}"), len(job.seeds))
+    for path in paths:
+        files.check_writable(path)
+
+    from flux_engine.engine import load  # torch and transformers come in here
+
+    timings = {"import": _since_process_start()}
+    engine = load(args.model, device=args.device, dtype=args.dtype)
+    timings["load"] = engine.load_seconds
+    if not args.json:
+        _line(f"{engine.spec.name}, {job.width}x{job.height}, seed {job.seeds[0]}")
+    result = engine.run(
+        request,
+        on_step=None
+        if args.json
+        else lambda step: _line(f"step {step.index}/{step.total}"),
+    )
+    timings |= result.timings
+    began = time.perf_counter()
+    for index, path in enumerate(paths):
+        result.save(
+            path,
+            index,
+            format=kind,
+            quality=args.quality,
+            metadata=not args.no_metadata,
+        )
+    timings["save"] = time.perf_counter() - began
+    timings["total"] = _since_process_start()
+    timings = {stage: round(seconds, 3) for stage, seconds in timings.items()}
+    if args.json:
+        report = {
+            "model": engine.spec.name,
+            "images": [str(path) for path in paths],
+            "seeds": list(result.seeds),
+            "width": result.job.width,
+            "height": result.job.height,
+            "steps": result.job.num_inference_steps,
+            "notes": list(result.notes),
+            "timings": timings,
+        }
+        _print(json.dumps(report))
+        return
+    for note in result.notes:
+        _line(f"note: {note}")
+    for path in paths:
+        _print(str(path))
+    total = timings.pop("total")
+    split = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in timings.items())
+    _line(f"{total:.2f} s from process start: {split}")
+
+
+def _paths(output: Path, count: int) -> list[Path]:
+    if count == 1:
+        return [output]
+    return [
+        output.with_name(f"{output.stem}-{index}{output.suffix}")
+        for index in range(count)
+    ]
+
+
+def _models(args: argparse.Namespace) -> None:
+    config = EngineConfig.from_environment()
+    rows = [
+        {
+            "name": m.name,
+            "spec": m.spec,
+            "bytes": m.bytes,
+            "licence": m.licence,
+            "description": m.description,
+        }
+        for m in hub.manifests(config.weights).values()
+    ]
+    if args.json:
+        _print(json.dumps(rows))
+        return
+    for row in rows:
+        _print(
+            f"{row['name']:20} {row['bytes'] / 1e6:8.1f} MB  {row['licence']:12} {row['description']}"
+        )
+
+
+def _info(args: argparse.Namespace) -> None:
+    import torch
+
+    from flux_engine import hardware
+
+    config = EngineConfig.from_environment(device=args.device, dtype=args.dtype)
+    device = hardware.pick_device(config.device)
+    dtype = hardware.pick_dtype(config.dtype, device)
+    report: dict[str, Any] = {
+        "flux_engine": __version__,
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        "device": str(device),
+        "hardware": hardware.describe(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "weights": str(hub.weights_folder()),
+    }
+    if args.model:
+        from flux_engine.engine import load
+
+        report["model"] = load(
+            args.model, device=args.device, dtype=args.dtype
+        ).describe()
+    if args.json:
+        _print(json.dumps(report))
+        return
+    _print_tree(report)
+
+
+def _print_tree(report: dict[str, Any], indent: str = "") -> None:
+    for key, value in report.items():
+        if isinstance(value, dict):
+            _print(f"{indent}{key}")
+            _print_tree(value, indent + "  ")  # pyright: ignore[reportUnknownArgumentType]
+        else:
+            _print(f"{indent}{key:16} {value}")
+
+
+def _schema(args: argparse.Namespace) -> None:
+    schema = find_schema(args.name)
+    if args.openapi:
+        _print(json.dumps(schema.openapi(), indent=2))
+        return
+    for one in schema.inputs:
+        limits = " | ".join(one.choices)
+        if one.ge is not None or one.le is not None:
+            limits = f"{one.ge:g} to {one.le:g}"
+        default = "required" if one.required else json.dumps(one.default)
+        _print(f"{one.name:24} {one.type:8} {default:10} {limits}")
+        _print(f"{'':24} {one.description}")
+
+
+def _since_process_start() -> float:
+    """Seconds since this process began; since this module was imported, where the system does not tell."""
+    try:
+        with open("/proc/self/stat") as stat, open("/proc/uptime") as uptime:
+            ticks = int(stat.read().rpartition(")")[2].split()[19])
+            return float(uptime.read().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return time.perf_counter() - _IMPORTED
+
+
+def _print(line: str) -> None:
+    """Results go to standard output."""
+    sys.stdout.write(line + "\n")
+
+
+def _line(line: str) -> None:
+    """Progress goes to standard error."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()

@@ -1,0 +1,57 @@
+"""How an engine is set up. The only place that reads environment variables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from flux_engine.errors import UnsupportedError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Choices made once, when a model is loaded.
+
+    Environment variables give the defaults: FLUX_ENGINE_DEVICE, FLUX_ENGINE_DTYPE, FLUX_ENGINE_WEIGHTS.
+    """
+
+    device: str = "auto"
+    """"auto", "cpu", "cuda" or "cuda:1". "auto" takes a GPU if there is one."""
+    dtype: str = "auto"
+    """"auto", "float32", "bfloat16" or "float16": what the networks compute in. Latents are float32 always."""
+    embedding_cache: int = 64
+    """How many encoded prompts are kept; 0 keeps none."""
+    weights: Path | None = None
+    """Another folder with `manifests/` beside the one that comes with the package."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise UnsupportedError(
+                f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}"
+            )
+        if self.embedding_cache < 0:
+            raise UnsupportedError(
+                f"embedding_cache {self.embedding_cache} is below 0"
+            )
+
+    @classmethod
+    def from_environment(
+        cls,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        embedding_cache: int = 64,
+        environment: Mapping[str, str] = os.environ,
+    ) -> EngineConfig:
+        """Explicit values first, then the environment, then the defaults."""
+        weights = environment.get("FLUX_ENGINE_WEIGHTS")
+        return cls(
+            device=device or environment.get("FLUX_ENGINE_DEVICE", "auto"),
+            dtype=dtype or environment.get("FLUX_ENGINE_DTYPE", "auto"),
+            embedding_cache=embedding_cache,
+            weights=Path(weights) if weights else None,
+        )

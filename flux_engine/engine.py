@@ -1,0 +1,202 @@
+"""An engine: a loaded model, and the state that outlives a request."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from flux_engine import hardware, hub, images
+from flux_engine.config import EngineConfig
+from flux_engine.errors import InvalidRequest, OutOfMemory, WeightsError
+from flux_engine.families import FluxFamily
+from flux_engine.pipeline import OnStep, Pipeline, check_cancelled
+from flux_engine.request import Job, Request
+from flux_engine.result import Result
+from flux_engine.specs import SPECS, ModelSpec
+
+log = logging.getLogger(__name__)
+
+
+def load(
+    model: str,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    embedding_cache: int = 64,
+) -> Engine:
+    """Load a model by name and return an engine that runs requests on it.
+
+    `device` and `dtype` default to the environment (FLUX_ENGINE_DEVICE, FLUX_ENGINE_DTYPE) and then to what the
+    machine does best; see EngineConfig. `embedding_cache` is the number of encoded prompts to keep.
+    Raises UnknownModel, WeightsError, UnsupportedError or OutOfMemory; nothing stays loaded then.
+    """
+    config = EngineConfig.from_environment(
+        device=device, dtype=dtype, embedding_cache=embedding_cache
+    )
+    began = time.perf_counter()
+    manifest = hub.find(model, config.weights)
+    if manifest.spec not in SPECS:
+        raise WeightsError(
+            f"{model}: its manifest names the spec {manifest.spec!r}; known are {', '.join(SPECS)}"
+        )
+    target = hardware.pick_device(config.device)
+    compute = hardware.pick_dtype(config.dtype, target)
+    manifest.verify()
+    with _memory_errors(f"loading {model}"):
+        family = FluxFamily.load(
+            dataclasses.replace(SPECS[manifest.spec], name=model),
+            manifest.parts(),
+            dtype=compute,
+            device=target,
+            embedding_cache=config.embedding_cache,
+        )
+    seconds = time.perf_counter() - began
+    log.info("loaded %s on %s as %s in %.2f s", model, target, compute, seconds)
+    return Engine(family, load_seconds=seconds)
+
+
+class Engine:
+    """Runs requests on one model, one at a time: a second caller waits for the first.
+
+    A request that fails or is cancelled leaves the engine as it was.
+    """
+
+    def __init__(self, family: FluxFamily, *, load_seconds: float = 0.0) -> None:
+        self._pipeline = Pipeline(family)
+        self._lock = threading.Lock()
+        self.load_seconds = load_seconds
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What the model is: sizes, defaults, widths."""
+        return self._pipeline.family.spec
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        on_step: OnStep | None = None,
+        cancel: threading.Event | None = None,
+        **fields: Any,
+    ) -> Result:
+        """`run` with the fields of Request as keywords: `engine("a red circle", seed=0, num_outputs=4)`."""
+        known = [f.name for f in dataclasses.fields(Request)]
+        for name in fields:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                guess = f"; did you mean {near[0]!r}?" if near else ""
+                raise InvalidRequest(
+                    f"a request has no field {name!r}{guess} Fields: {', '.join(known)}",
+                    field=name,
+                )
+        return self.run(
+            Request(prompt=prompt, **fields), on_step=on_step, cancel=cancel
+        )
+
+    def run(
+        self,
+        request: Request,
+        *,
+        on_step: OnStep | None = None,
+        cancel: threading.Event | None = None,
+    ) -> Result:
+        """Make the pictures of a request.
+
+        `on_step` is called after every network call with a Step, and may raise to stop. `cancel` is an event any
+        thread may set; it is looked at between steps and while waiting for another request to end.
+        Raises InvalidRequest before any work, RequestCancelled, or OutOfMemory.
+        """
+        job = request.resolve(self.spec)
+        if job.strict:
+            self._refuse_long_prompts(job)
+        with self._turn(cancel), _memory_errors(f"{job.width}x{job.height}"):
+            output = self._pipeline.run(job, on_step=on_step, cancel=cancel)
+        return Result(
+            images=[_convert(picture, job) for picture in output.pictures],
+            job=job,
+            timings=output.timings,
+            notes=(*job.notes, *output.notes),
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """What is in force: model, device, dtype, number of weights."""
+        family = self._pipeline.family
+        networks = {
+            "transformer": family.net,
+            "vae": family.vae,
+            "text_encoder": family.text.clip,
+            "text_encoder_2": family.text.t5,
+        }
+        return {
+            "model": self.spec.name,
+            "device": str(family.net.device),
+            "hardware": hardware.describe(family.net.device),
+            "parts": {
+                name: {
+                    "dtype": str(next(net.parameters()).dtype).removeprefix("torch."),
+                    "parameters": sum(p.numel() for p in net.parameters()),
+                }
+                for name, net in networks.items()
+            },
+            "attention": "torch.scaled_dot_product_attention",
+            "load_seconds": round(self.load_seconds, 3),
+        }
+
+    def _refuse_long_prompts(self, job: Job) -> None:
+        text = self._pipeline.family.text
+        for prompt in (*job.prompts, job.negative_prompt):
+            over = text.tokens_over(prompt)
+            if over:
+                raise InvalidRequest(
+                    f"strict: prompt is {over} tokens over the limit of {text.max_sequence_length}: {prompt[:40]!r}...",
+                    field="prompt",
+                )
+
+    @contextmanager
+    def _turn(self, cancel: threading.Event | None) -> Iterator[None]:
+        """Hold the engine; give up waiting for it when cancelled."""
+        while not self._lock.acquire(timeout=-1 if cancel is None else 0.05):
+            check_cancelled(cancel)
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+
+def _convert(picture: torch.Tensor, job: Job) -> Any:
+    match job.output_type:
+        case "pil":
+            return images.to_pil(picture)
+        case "np":
+            return images.to_uint8(picture)
+        case "pt":
+            return ((picture + 1) / 2).clamp(0, 1)
+        case "latent":
+            return picture
+
+
+@contextmanager
+def _memory_errors(doing: str) -> Iterator[None]:
+    """Turn torch's ways of saying that memory ran out into one typed error."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        cpu = "can't allocate memory" in str(error) or "not enough memory" in str(error)
+        if not (cpu or isinstance(error, torch.OutOfMemoryError)):
+            raise
+        first = str(error).splitlines()[0]
+        message = f"out of memory at {doing}: {first}. Ask for fewer or smaller pictures"
+    else:
+        return
+    # Outside the handler, so that the failed frames and the tensors they hold are gone before the cache is emptied.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    raise OutOfMemory(message)

@@ -1,0 +1,72 @@
+"""The exceptions a user of flux_engine can meet.
+
+    FluxEngineError
+    ├── InvalidRequest      (ValueError)    a request asks for something that cannot be: raised before any work
+    ├── UnknownModel        (ValueError)    a name that no manifest knows
+    ├── UnknownSchema       (ValueError)    a Replicate schema that is not declared here
+    ├── WeightsError        (RuntimeError)  a checkpoint is missing, truncated, altered or of another shape
+    ├── UnsupportedError    (RuntimeError)  this device, dtype or installation cannot do what was asked
+    ├── OutOfMemory         (MemoryError)   the device ran out of memory; the engine stays usable
+    ├── OutputError         (OSError)       a picture cannot be written where it was asked
+    └── RequestCancelled                    the caller cancelled; the engine stays usable
+
+Every message names the offending value and what to do instead. Each class also derives from the built-in a
+caller would expect, so `except ValueError` works for someone who does not know this module.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "FluxEngineError",
+    "InvalidRequest",
+    "OutOfMemory",
+    "OutputError",
+    "RequestCancelled",
+    "UnknownModel",
+    "UnknownSchema",
+    "UnsupportedError",
+    "WeightsError",
+]
+
+
+class FluxEngineError(Exception):
+    """Base of everything this library raises on purpose."""
+
+
+class InvalidRequest(FluxEngineError, ValueError):
+    """A request that cannot be run as asked.
+
+    `field` is the name of the offending field, so that an adapter can point at it.
+    """
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class UnknownModel(FluxEngineError, ValueError):
+    """A model name that no manifest declares."""
+
+
+class UnknownSchema(FluxEngineError, ValueError):
+    """A Replicate schema name that is not declared."""
+
+
+class WeightsError(FluxEngineError, RuntimeError):
+    """A weight file that is missing, truncated, altered or does not fit the network."""
+
+
+class UnsupportedError(FluxEngineError, RuntimeError):
+    """A device, dtype or optional package that is not available here."""
+
+
+class OutOfMemory(FluxEngineError, MemoryError):
+    """The device had not enough memory for the request. Nothing of the engine's state changed."""
+
+
+class OutputError(FluxEngineError, OSError):
+    """A picture could not be written."""
+
+
+class RequestCancelled(FluxEngineError):
+    """The request was cancelled between two steps. Nothing of the engine's state changed."""

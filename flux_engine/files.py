@@ -1,0 +1,58 @@
+"""Output files: their format, whether they can be written, and writing them whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Literal, get_args
+
+from flux_engine.errors import InvalidRequest, OutputError
+
+ImageFormat = Literal["png", "jpg", "webp"]
+
+
+def image_format(path: Path, asked: str | None) -> ImageFormat:
+    """The format to write: the one asked for, else what the file's ending says."""
+    name = asked or path.suffix.lstrip(".").lower() or "png"
+    name = "jpg" if name == "jpeg" else name
+    for known in get_args(ImageFormat):
+        if name == known:
+            return known
+    raise InvalidRequest(
+        f"format {name!r} is not one of {', '.join(get_args(ImageFormat))}",
+        field="format",
+    )
+
+
+def check_writable(path: Path) -> None:
+    """Raise OutputError unless a file can be written at `path`. Leaves nothing behind."""
+    folder = path.parent
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder: give a file name")
+    if not folder.is_dir():
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise OutputError(
+                f"cannot make the folder {folder}: {error.strerror}"
+            ) from None
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"cannot write in {folder}: {error.strerror}; choose another output"
+        ) from None
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: a neighbouring temporary file is renamed over it."""
+    check_writable(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OutputError(f"cannot write {path}: {error.strerror}") from None

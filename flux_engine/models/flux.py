@@ -1,0 +1,301 @@
+"""The FLUX.1 transformer: double-stream blocks, single-stream blocks, flow-matching velocity out.
+
+Attribute names are those of Black Forest Labs' checkpoints (fused qkv, linear1), so a published file loads without
+a key map. Source of the architecture: black-forest-labs/flux, src/flux/model.py and modules/layers.py.
+
+What differs from the reference: everything that depends on the prompt and the schedule but not on the latent
+(rotary tables, the embedded text, every block's modulation for every call) is made once by `precompute`. Modulation
+holds 27 % of FLUX's weights and is a product with one row per step, so it is computed here as one product with a row
+for each call. `forward` then touches only the tokens, and has nothing that waits for the device.
+
+Shapes: B batch, S calls, L tokens (Li image, Lt text), H heads, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from flux_engine import ops
+from flux_engine.attention import attention
+from flux_engine.specs import FluxParams
+
+
+@dataclass(frozen=True)
+class FluxStatics:
+    """What `Flux.precompute` makes for one prompt batch and one schedule; frozen for the whole request."""
+
+    txt: Tensor
+    """Embedded text tokens (B, Lt, D)."""
+    cos: Tensor
+    sin: Tensor
+    """Rotary tables (Lt + Li, head_dim / 2), float32."""
+    double: tuple[tuple[Tensor, Tensor], ...]
+    """Per double block the modulation of the image and of the text stream, each (S, B, 6, 1, D):
+    shift, scale, gate for attention, then for the MLP."""
+    single: tuple[Tensor, ...]
+    """Per single block (S, B, 3, 1, D): shift, scale, gate."""
+    final: Tensor
+    """(S, B, 2, 1, D): shift, scale of the last layer."""
+
+
+class MLPEmbedder(nn.Module):
+    """Two linears with SiLU between. (..., in_dim) -> (..., D)."""
+
+    def __init__(self, in_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(in_dim, hidden_dim)
+        self.out_layer = nn.Linear(hidden_dim, hidden_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_layer(nn.functional.silu(self.in_layer(x)))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.scale)
+
+
+class QKNorm(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.query_norm = RMSNorm(dim)
+        self.key_norm = RMSNorm(dim)
+
+
+class SelfAttention(nn.Module):
+    """Holds one stream's attention weights; the blocks run the attention, since both streams share it."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.norm = QKNorm(dim // num_heads)
+        self.proj = nn.Linear(dim, dim)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, L, D) -> normalised q, k and plain v, each (B, H, L, head_dim)."""
+        return split_heads(self.qkv(x), self.num_heads, self.norm)
+
+
+def split_heads(
+    qkv: Tensor, num_heads: int, norm: QKNorm
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, L, 3 D) -> normalised q and k, plain v, each (B, H, L, head_dim)."""
+    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return norm.query_norm(q), norm.key_norm(k), v
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, H, L, head_dim) -> (B, L, D)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+class Modulation(nn.Module):
+    """One linear that turns the conditioning vector into `parts` rows of width D."""
+
+    def __init__(self, dim: int, parts: int) -> None:
+        super().__init__()
+        self.parts = parts
+        self.lin = nn.Linear(dim, parts * dim)
+
+    def forward(self, activated: Tensor) -> Tensor:
+        """activated (S, B, D), already through SiLU -> (S, B, parts, 1, D)."""
+        return self.lin(activated).unflatten(-1, (self.parts, 1, -1))
+
+
+class DoubleStreamBlock(nn.Module):
+    """Image and text keep their own weights and meet in one attention."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_dim: int) -> None:
+        super().__init__()
+        self.img_mod = Modulation(dim, 6)
+        self.img_attn = SelfAttention(dim, num_heads)
+        self.img_mlp = nn.Sequential(
+            nn.Linear(dim, mlp_dim), nn.GELU("tanh"), nn.Linear(mlp_dim, dim)
+        )
+        self.txt_mod = Modulation(dim, 6)
+        self.txt_attn = SelfAttention(dim, num_heads)
+        self.txt_mlp = nn.Sequential(
+            nn.Linear(dim, mlp_dim), nn.GELU("tanh"), nn.Linear(mlp_dim, dim)
+        )
+
+    def forward(
+        self,
+        img: Tensor,
+        txt: Tensor,
+        img_mod: Tensor,
+        txt_mod: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """img (B, Li, D), txt (B, Lt, D); img_mod and txt_mod (B, 6, 1, D) -> the same two shapes."""
+        i_shift1, i_scale1, i_gate1, i_shift2, i_scale2, i_gate2 = img_mod.unbind(1)
+        t_shift1, t_scale1, t_gate1, t_shift2, t_scale2, t_gate2 = txt_mod.unbind(1)
+
+        img_q, img_k, img_v = self.img_attn.project(
+            ops.layer_norm_modulate(img, i_shift1, i_scale1)
+        )
+        txt_q, txt_k, txt_v = self.txt_attn.project(
+            ops.layer_norm_modulate(txt, t_shift1, t_scale1)
+        )
+        q = ops.apply_rotary(torch.cat((txt_q, img_q), dim=2), cos, sin)
+        k = ops.apply_rotary(torch.cat((txt_k, img_k), dim=2), cos, sin)
+        v = torch.cat((txt_v, img_v), dim=2)  # (B, H, Lt + Li, head_dim)
+        mixed = merge_heads(attention(q, k, v))
+        txt_update, img_update = mixed.split((txt.shape[1], img.shape[1]), dim=1)
+
+        img = ops.gated_residual(img, i_gate1, self.img_attn.proj(img_update))
+        img = ops.gated_residual(
+            img,
+            i_gate2,
+            self.img_mlp(ops.layer_norm_modulate(img, i_shift2, i_scale2)),
+        )
+        txt = ops.gated_residual(txt, t_gate1, self.txt_attn.proj(txt_update))
+        txt = ops.gated_residual(
+            txt,
+            t_gate2,
+            self.txt_mlp(ops.layer_norm_modulate(txt, t_shift2, t_scale2)),
+        )
+        return img, txt
+
+
+class SingleStreamBlock(nn.Module):
+    """Attention and MLP side by side on the joined tokens (arXiv 2302.05442), two linears in all."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_dim: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.widths = (3 * dim, mlp_dim)
+        self.linear1 = nn.Linear(dim, 3 * dim + mlp_dim)
+        self.linear2 = nn.Linear(dim + mlp_dim, dim)
+        self.norm = QKNorm(dim // num_heads)
+        self.modulation = Modulation(dim, 3)
+
+    def forward(self, x: Tensor, mod: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (B, L, D), mod (B, 3, 1, D) -> (B, L, D)."""
+        shift, scale, gate = mod.unbind(1)
+        qkv, mlp = self.linear1(ops.layer_norm_modulate(x, shift, scale)).split(
+            self.widths, dim=-1
+        )
+        q, k, v = split_heads(qkv, self.num_heads, self.norm)
+        mixed = attention(
+            ops.apply_rotary(q, cos, sin), ops.apply_rotary(k, cos, sin), v
+        )
+        update = self.linear2(
+            torch.cat((merge_heads(mixed), ops.gelu_tanh(mlp)), dim=-1)
+        )
+        return ops.gated_residual(x, gate, update)
+
+
+class LastLayer(nn.Module):
+    def __init__(self, dim: int, out_channels: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, out_channels)
+        # The Sequential is there for the checkpoint key `adaLN_modulation.1`; precompute applies SiLU once for all.
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+
+    def forward(self, x: Tensor, mod: Tensor) -> Tensor:
+        """x (B, L, D), mod (B, 2, 1, D) -> (B, L, out_channels)."""
+        shift, scale = mod.unbind(1)
+        return self.linear(ops.layer_norm_modulate(x, shift, scale))
+
+
+class Flux(nn.Module):
+    """FLUX.1: predicts the flow-matching velocity of packed latent tokens."""
+
+    def __init__(self, params: FluxParams) -> None:
+        super().__init__()
+        self.params = params
+        dim, heads = params.hidden_size, params.num_heads
+        mlp_dim = int(dim * params.mlp_ratio)
+        self.img_in = nn.Linear(params.in_channels, dim)
+        self.txt_in = nn.Linear(params.context_in_dim, dim)
+        self.time_in = MLPEmbedder(256, dim)
+        self.vector_in = MLPEmbedder(params.vec_in_dim, dim)
+        if params.guidance_embed:
+            self.guidance_in = MLPEmbedder(256, dim)
+        self.double_blocks = nn.ModuleList(
+            DoubleStreamBlock(dim, heads, mlp_dim) for _ in range(params.depth)
+        )
+        self.single_blocks = nn.ModuleList(
+            SingleStreamBlock(dim, heads, mlp_dim)
+            for _ in range(params.depth_single_blocks)
+        )
+        self.final_layer = LastLayer(dim, params.out_channels)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.img_in.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.img_in.weight.device
+
+    def precompute(
+        self,
+        context: Tensor,
+        pooled: Tensor,
+        img_ids: Tensor,
+        timesteps: Tensor,
+        guidance: Tensor | None,
+    ) -> FluxStatics:
+        """Everything that does not depend on the latent, for all calls at once.
+
+        context (B, Lt, context_in_dim): T5 tokens. pooled (B, vec_in_dim): CLIP's pooled output.
+        img_ids (Li, 3): image token positions (index, row, column); text tokens all sit at zero.
+        timesteps (S,) in [0, 1], one per call, or (S, B) if the rows differ. guidance (B,), or None for a network
+        without a guidance embedding (passing one to such a network is a programming error).
+        """
+        if (guidance is not None) != self.params.guidance_embed:
+            raise ValueError(
+                f"guidance_embed is {self.params.guidance_embed}, guidance is {guidance!r}"
+            )
+        dtype = self.dtype
+        batch = context.shape[0]
+        t = timesteps if timesteps.dim() == 2 else timesteps[:, None].expand(-1, batch)
+        calls = t.shape[0]
+        vec = self.time_in(ops.sinusoidal_embedding(t.reshape(-1), 256).to(dtype))
+        vec = vec.unflatten(0, (calls, batch))
+        if guidance is not None:
+            vec = vec + self.guidance_in(
+                ops.sinusoidal_embedding(guidance, 256).to(dtype)
+            )
+        vec = vec + self.vector_in(pooled.to(dtype))  # (S, B, D)
+        activated = nn.functional.silu(vec)
+
+        txt_ids = img_ids.new_zeros(context.shape[1], img_ids.shape[1])
+        cos, sin = ops.rotary_tables(
+            torch.cat((txt_ids, img_ids)), self.params.axes_dim, self.params.theta
+        )
+        return FluxStatics(
+            txt=self.txt_in(context.to(dtype)),
+            cos=cos,
+            sin=sin,
+            double=tuple(
+                (b.img_mod(activated), b.txt_mod(activated)) for b in self.double_blocks
+            ),
+            single=tuple(b.modulation(activated) for b in self.single_blocks),
+            final=self.final_layer.adaLN_modulation[1](activated).unflatten(
+                -1, (2, 1, -1)
+            ),
+        )
+
+    def forward(self, x: Tensor, call: int, statics: FluxStatics) -> Tensor:
+        """Velocity at call number `call`. x (B, Li, in_channels) -> (B, Li, out_channels), in the weights' dtype."""
+        img, txt = self.img_in(x.to(self.dtype)), statics.txt
+        cos, sin = statics.cos, statics.sin
+        for block, (img_mod, txt_mod) in zip(
+            self.double_blocks, statics.double, strict=True
+        ):
+            img, txt = block(img, txt, img_mod[call], txt_mod[call], cos, sin)
+        joined = torch.cat((txt, img), dim=1)  # (B, Lt + Li, D)
+        for block, mod in zip(self.single_blocks, statics.single, strict=True):
+            joined = block(joined, mod[call], cos, sin)
+        return self.final_layer(joined[:, txt.shape[1] :], statics.final[call])

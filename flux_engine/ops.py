@@ -1,0 +1,90 @@
+"""The operations the networks are made of, one signature each.
+
+Shapes: B batch, L tokens, H heads, D width, C channels, h w spatial size.
+The torch expressions here are the definition of each op; a faster implementation has to agree with them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FP16_MAX = 65504.0
+
+
+def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """adaLN: LayerNorm without weights, then `x * (1 + scale) + shift`.
+
+    x (B, L, D); shift and scale (B, 1, D). Source: DiT (arXiv 2212.09748), eps as in FLUX.
+    """
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """RMSNorm over the last axis, eps 1e-6, computed in float32. x (..., D), weight (D,)."""
+    return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps=1e-6).to(x.dtype)
+
+
+def rotary_tables(
+    ids: Tensor, axes_dim: Sequence[int], theta: float
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every token's rotation angles.
+
+    ids (L, A): a position on each of A axes. Returns two float32 tensors (L, sum(axes_dim) / 2), on the device of
+    `ids`. Angles are made in float64, because float32 loses digits at large positions.
+    Source: RoFormer (arXiv 2104.09864), several axes as in black-forest-labs/flux.
+    """
+    angles: list[Tensor] = []
+    for axis, dim in enumerate(axes_dim):
+        frequency = theta ** -(
+            torch.arange(0, dim, 2, dtype=torch.float64, device=ids.device) / dim
+        )
+        angles.append(ids[:, axis, None].double() * frequency)
+    angle = torch.cat(angles, dim=-1)
+    return angle.cos().float(), angle.sin().float()
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate neighbouring pairs of the last axis. x (B, H, L, D); cos and sin (L, D / 2), float32."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return rotated.flatten(-2).to(x.dtype)
+
+
+def gated_residual(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
+    """`x + gate * update`, kept finite in float16. x and update (B, L, D), gate (B, 1, D).
+
+    The residual stream of FLUX passes 65504, the largest float16: without the clamp it becomes inf and then NaN
+    (huggingface/diffusers issue 9096).
+    """
+    out = torch.addcmul(x, gate, update)
+    return out.clamp(-FP16_MAX, FP16_MAX) if out.dtype == torch.float16 else out
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU in its tanh approximation, the one FLUX was trained with."""
+    return F.gelu(x, approximate="tanh")
+
+
+def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor) -> Tensor:
+    """GroupNorm (eps 1e-6) followed by SiLU. x (B, C, h, w); weight and bias (C,)."""
+    return F.silu(F.group_norm(x, groups, weight, bias, eps=1e-6))
+
+
+def sinusoidal_embedding(t: Tensor, dim: int, *, time_factor: float = 1000.0) -> Tensor:
+    """Sinusoidal embedding of scalars in [0, 1]. t (B,) -> float32 (B, dim), cosines before sines.
+
+    Source: DDPM (arXiv 2006.11239), with FLUX's time factor of 1000.
+    """
+    half = dim // 2
+    frequency = torch.exp(
+        -math.log(10_000)
+        * torch.arange(half, dtype=torch.float32, device=t.device)
+        / half
+    )
+    angle = (t.float() * time_factor)[:, None] * frequency
+    return torch.cat((angle.cos(), angle.sin()), dim=-1)

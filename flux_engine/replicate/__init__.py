@@ -1,0 +1,1 @@
+"""The input schemas of hosted models, declared as data."""

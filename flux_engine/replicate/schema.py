@@ -1,0 +1,224 @@
+"""How a published schema is declared; validation and OpenAPI follow from the declaration.
+
+The shapes of the OpenAPI document are those Cog writes (replicate/cog, pkg/schema). Errors are worded as pydantic
+words them, because that is what clients of hosted models have seen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from flux_engine.errors import InvalidRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """One input of a schema. The order of a schema's inputs is their published order."""
+
+    name: str
+    type: Literal["string", "integer", "number", "boolean"]
+    description: str
+    default: Any = None
+    required: bool = False
+    choices: tuple[str, ...] = ()
+    ge: float | None = None
+    le: float | None = None
+    field: str | None = None
+    """The field of Request it fills; None if the predictor itself acts on it."""
+
+    @property
+    def optional(self) -> bool:
+        """Whether null may be sent for "not given"."""
+        return not self.required and self.default is None
+
+    def check(self, value: Any) -> Any:
+        """The value as the library takes it. Raises ValueError in pydantic's words."""
+        checked = self._typed(value)
+        if self.choices and checked not in self.choices:
+            listed = ", ".join(f"'{choice}'" for choice in self.choices[:-1])
+            raise ValueError(f"Input should be {listed} or '{self.choices[-1]}'")
+        if self.ge is not None and checked < self.ge:
+            raise ValueError(
+                f"Input should be greater than or equal to {self.ge:g}"
+            )
+        if self.le is not None and checked > self.le:
+            raise ValueError(f"Input should be less than or equal to {self.le:g}")
+        return checked
+
+    def _typed(self, value: Any) -> Any:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        match self.type:
+            case "string" if isinstance(value, str):
+                return value
+            case "boolean" if isinstance(value, bool):
+                return value
+            case "integer" if is_number and math.isfinite(value) and value == int(value):
+                return int(value)
+            case "number" if is_number and math.isfinite(value):
+                return float(value)
+            case _:
+                raise ValueError(f"Input should be a valid {self.type}")
+
+    def openapi(self, order: int) -> dict[str, Any]:
+        """The property as Cog writes it."""
+        body: dict[str, Any] = {"description": self.description, "x-order": order}
+        if self.choices:
+            body["allOf"] = [{"$ref": f"#/components/schemas/{self.name}"}]
+        else:
+            body["type"] = self.type
+            body["title"] = self.name.replace("_", " ").title()
+        if not self.required and self.default is not None:
+            body["default"] = self.default
+        if self.optional:
+            body["nullable"] = True
+        if self.ge is not None:
+            body["minimum"] = self.ge
+        if self.le is not None:
+            body["maximum"] = self.le
+        return body
+
+
+class InvalidInput(InvalidRequest):
+    """Inputs that a schema refuses. `detail` lists every problem in the form hosted models answer with."""
+
+    def __init__(self, problems: Mapping[str, str]) -> None:
+        self.detail = [
+            {
+                "loc": ["body", "input", name],
+                "msg": message,
+                "type": "value_error.missing"
+                if message == "Field required"
+                else "value_error",
+            }
+            for name, message in problems.items()
+        ]
+        super().__init__(
+            "; ".join(f"{name}: {message}" for name, message in problems.items()),
+            field=next(iter(problems)),
+        )
+
+
+@dataclass(frozen=True)
+class Schema:
+    """A published input schema."""
+
+    name: str
+    title: str
+    inputs: tuple[Input, ...]
+
+    def validate(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Every input by name, defaults filled in. Raises InvalidInput listing everything that is wrong.
+
+        Explicit null stands for "not given" where the input is optional.
+        """
+        values: dict[str, Any] = {}
+        problems: dict[str, str] = {}
+        for one in self.inputs:
+            value = given.get(one.name)
+            if one.name not in given or (value is None and one.optional):
+                if one.required:
+                    problems[one.name] = "Field required"
+                values[one.name] = one.default
+                continue
+            try:
+                values[one.name] = one.check(value)
+            except ValueError as error:
+                problems[one.name] = f"{error}, not {value!r}"
+        known = {one.name for one in self.inputs}
+        for name in given:
+            if name not in known:
+                problems[name] = (
+                    f"Unexpected input; {self.name} takes {', '.join(one.name for one in self.inputs)}"
+                )
+        if problems:
+            raise InvalidInput(problems)
+        return values
+
+    def openapi(self) -> dict[str, Any]:
+        """The whole OpenAPI document of a server with this schema."""
+        enums = {
+            one.name: {
+                "title": one.name,
+                "description": "An enumeration.",
+                "type": "string",
+                "enum": list(one.choices),
+            }
+            for one in self.inputs
+            if one.choices
+        }
+        schemas: dict[str, Any] = {
+            "Input": {
+                "title": "Input",
+                "type": "object",
+                "required": [one.name for one in self.inputs if one.required],
+                "properties": {
+                    one.name: one.openapi(order)
+                    for order, one in enumerate(self.inputs)
+                },
+            },
+            "Output": {
+                "title": "Output",
+                "type": "array",
+                "items": {"type": "string", "format": "uri"},
+            },
+            "PredictionRequest": {
+                "title": "PredictionRequest",
+                "type": "object",
+                "properties": {
+                    "id": {"title": "Id", "type": "string"},
+                    "input": {"$ref": "#/components/schemas/Input"},
+                },
+            },
+            "PredictionResponse": {
+                "title": "PredictionResponse",
+                "type": "object",
+                "properties": {
+                    "id": {"title": "Id", "type": "string"},
+                    "input": {"$ref": "#/components/schemas/Input"},
+                    "output": {"$ref": "#/components/schemas/Output"},
+                    "status": {"$ref": "#/components/schemas/Status"},
+                    "error": {"title": "Error", "type": "string"},
+                    "logs": {"title": "Logs", "type": "string", "default": ""},
+                    "metrics": {"title": "Metrics", "type": "object"},
+                },
+            },
+            "Status": {
+                "title": "Status",
+                "description": "An enumeration.",
+                "type": "string",
+                "enum": ["starting", "processing", "succeeded", "canceled", "failed"],
+            },
+        }
+        body = {
+            "content": {
+                "application/json": {
+                    "schema": {"$ref": "#/components/schemas/PredictionRequest"}
+                }
+            }
+        }
+        answer = {
+            "description": "Successful Response",
+            "content": {
+                "application/json": {
+                    "schema": {"$ref": "#/components/schemas/PredictionResponse"}
+                }
+            },
+        }
+        return {
+            "openapi": "3.0.2",
+            "info": {"title": self.title, "version": "0.1.0"},
+            "paths": {
+                "/predictions": {
+                    "post": {
+                        "summary": "Predict",
+                        "operationId": "predict_predictions_post",
+                        "requestBody": body,
+                        "responses": {"200": answer},
+                    }
+                }
+            },
+            "components": {"schemas": schemas | enums},
+        }

@@ -1,0 +1,120 @@
+"""What comes back from a request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from flux_engine import files, images
+from flux_engine.errors import InvalidRequest
+from flux_engine.request import Job
+
+
+@dataclass(frozen=True)
+class Result:
+    """Pictures, how they were made, and how long that took. `len`, indexing and iteration go over the pictures."""
+
+    images: list[Any]
+    """PIL pictures, arrays or tensors, as `output_type` asked."""
+    job: Job
+    """What was run, with every default filled in."""
+    timings: Mapping[str, float]
+    """Seconds in each stage: encode, denoise, decode."""
+    notes: tuple[str, ...]
+    """What was adjusted: a size off the grid, a prompt that was cut, an option the model does not have."""
+
+    @property
+    def image(self) -> Any:
+        """The first picture."""
+        return self.images[0]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return self.job.seeds
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.images[index]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.images)
+
+    def parameters(self, index: int = 0) -> str:
+        """How picture `index` was made, in the text form that AUTOMATIC1111 started and viewers read."""
+        job = self.job
+        facts = {
+            "Steps": job.num_inference_steps,
+            "Sampler": "Euler",
+            "CFG scale": f"{job.true_cfg_scale:g}",
+        }
+        if job.guidance_scale is not None:
+            facts["Distilled CFG Scale"] = f"{job.guidance_scale:g}"
+        facts |= {
+            "Seed": job.seeds[index],
+            "Size": f"{job.width}x{job.height}",
+            "Model": job.spec.name,
+            "Version": "flux-engine",
+        }
+        lines = [job.prompts[index]]
+        if job.negative_prompt:
+            lines.append(f"Negative prompt: {job.negative_prompt}")
+        lines.append(", ".join(f"{key}: {value}" for key, value in facts.items()))
+        return "\n".join(lines)
+
+    def save(
+        self,
+        path: str | Path,
+        index: int = 0,
+        *,
+        format: str | None = None,
+        quality: int = 95,
+        metadata: bool = True,
+    ) -> Path:
+        """Write one picture. The format follows the file's ending unless it is given; returns the path."""
+        path = Path(path)
+        picture = self.pil(index)
+        content = images.encode(
+            picture,
+            files.image_format(path, format),
+            quality=quality,
+            parameters=self.parameters(index) if metadata else None,
+        )
+        files.write(path, content)
+        return path
+
+    def pil(self, index: int = 0) -> Image.Image:
+        """A picture as PIL, whatever the output type was; latents cannot be shown."""
+        picture = self.images[index]
+        if isinstance(picture, Image.Image):
+            return picture
+        if isinstance(picture, np.ndarray):
+            return Image.fromarray(picture)
+        if self.job.output_type == "pt":
+            return images.to_pil(picture * 2 - 1)
+        raise InvalidRequest(
+            "latents are not a picture: ask for output_type 'pil'", field="output_type"
+        )
+
+    def __repr__(self) -> str:
+        job = self.job
+        seconds = sum(self.timings.values())
+        return (
+            f"<Result: {len(self)} of {job.width}x{job.height} from {job.spec.name}, "
+            f"seed {job.seeds[0]}, {job.num_inference_steps} steps, {seconds:.2f} s>"
+        )
+
+    def _repr_png_(self) -> bytes | None:
+        """Notebooks show the pictures, side by side."""
+        if self.job.output_type == "latent":
+            return None
+        pictures = [self.pil(index) for index in range(len(self))]
+        return images.encode(
+            images.contact_sheet(pictures, min(len(pictures), 4)), "png"
+        )

@@ -1,0 +1,162 @@
+"""Prompts to what the transformer reads: T5's tokens and CLIP's pooled vector.
+
+The networks and tokenizers are transformers' own. Every prompt is encoded alone, so its encoding does not depend on
+what else is in the batch, and is kept in a small cache.
+Shapes: B batch, L tokens, D width, P pooled width.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    PreTrainedTokenizerBase,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+from flux_engine.checkpoints.load import load_module
+from flux_engine.checkpoints.source import WeightSource
+
+
+
+@dataclass(frozen=True)
+class TextCond:
+    """Encoded prompts."""
+
+    tokens: Tensor
+    """T5's last hidden states (B, L, D)."""
+    pooled: Tensor
+    """CLIP's pooled output (B, P)."""
+
+    @staticmethod
+    def cat(parts: Sequence[TextCond]) -> TextCond:
+        return TextCond(
+            torch.cat([p.tokens for p in parts]), torch.cat([p.pooled for p in parts])
+        )
+
+
+class FluxTextEncoder:
+    """CLIP and T5 as FLUX uses them: CLIP's pooled output, T5's tokens padded to a fixed length without a mask.
+
+    Source: black-forest-labs/flux, src/flux/modules/conditioner.py.
+    """
+
+    def __init__(
+        self,
+        clip_tokenizer: PreTrainedTokenizerBase,
+        clip: CLIPTextModel,
+        t5_tokenizer: PreTrainedTokenizerBase,
+        t5: T5EncoderModel,
+        *,
+        max_sequence_length: int,
+        cache_size: int = 64,
+    ) -> None:
+        self.clip_tokenizer, self.clip = clip_tokenizer, clip
+        self.t5_tokenizer, self.t5 = t5_tokenizer, t5
+        self.max_sequence_length = max_sequence_length
+        self.cache_size = cache_size
+        self._cache: OrderedDict[str, tuple[TextCond, int]] = OrderedDict()
+
+    @classmethod
+    def load(
+        cls,
+        files: Mapping[str, Path],
+        *,
+        max_sequence_length: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        cache_size: int = 64,
+    ) -> FluxTextEncoder:
+        """Read both encoders and their tokenizers: four folders as Hugging Face repositories hold them."""
+        # float16 overflows inside T5, which was trained in bfloat16 (huggingface/transformers issue 9295).
+        dtype = torch.float32 if dtype == torch.float16 else dtype
+        clip_config = CLIPTextConfig.from_json_file(files["text_encoder"] / "config.json")
+        with WeightSource(files["text_encoder"] / "model.safetensors") as source:
+            # Published files say `text_model.` before every name; newer versions of transformers do not.
+            clip = load_module(
+                lambda: CLIPTextModel(clip_config),
+                source,
+                dtype=dtype,
+                device=device,
+                rename=lambda name: f"text_model.{name.removeprefix('text_model.')}",
+            )
+        positions = torch.arange(clip_config.max_position_embeddings, device=device)
+        for name, _ in list(clip.named_buffers()):  # the one buffer that no file stores
+            parent, _, leaf = name.rpartition(".")
+            clip.get_submodule(parent).register_buffer(leaf, positions[None], persistent=False)
+        t5_config = T5Config.from_json_file(files["text_encoder_2"] / "config.json")
+        with WeightSource(files["text_encoder_2"] / "model.safetensors") as source:
+            t5 = load_module(
+                lambda: T5EncoderModel(t5_config),
+                source,
+                dtype=dtype,
+                device=device,
+                tied={"encoder.embed_tokens.weight": "shared.weight"},
+            )
+        return cls(
+            CLIPTokenizer.from_pretrained(files["tokenizer"]),
+            clip,
+            T5TokenizerFast.from_pretrained(files["tokenizer_2"]),
+            t5,
+            max_sequence_length=max_sequence_length,
+            cache_size=cache_size,
+        )
+
+    def encode(self, prompts: Sequence[str]) -> tuple[TextCond, dict[str, int]]:
+        """Encode prompts of one batch.
+
+        Returns the conditioning, a row for each prompt, and for every prompt that is longer than T5's limit the
+        number of tokens that were cut.
+        """
+        rows: list[TextCond] = []
+        cut: dict[str, int] = {}
+        for prompt in prompts:
+            cond, over = self._lookup(prompt)
+            rows.append(cond)
+            if over:
+                cut[prompt] = over
+        return TextCond.cat(rows), cut
+
+    def tokens_over(self, prompt: str) -> int:
+        """By how many T5 tokens a prompt is over the limit; 0 if it fits."""
+        return max(0, len(self.t5_tokenizer(prompt).input_ids) - self.max_sequence_length)
+
+    def _lookup(self, prompt: str) -> tuple[TextCond, int]:
+        if prompt in self._cache:
+            self._cache.move_to_end(prompt)
+            return self._cache[prompt]
+        entry = self._encode_one(prompt), self.tokens_over(prompt)
+        if self.cache_size:
+            self._cache[prompt] = entry
+            if len(self._cache) > self.cache_size:
+                self._cache.popitem(last=False)
+        return entry
+
+    def _encode_one(self, prompt: str) -> TextCond:
+        # CLIP reads from left to right, so padding behind the end-of-text token cannot change what is pooled there.
+        clip_ids = self.clip_tokenizer(
+            prompt,
+            max_length=self.clip.config.max_position_embeddings,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        t5_ids = self.t5_tokenizer(
+            prompt,
+            padding="max_length",
+            max_length=self.max_sequence_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        pooled = self.clip(clip_ids.to(self.clip.device)).pooler_output
+        tokens = self.t5(t5_ids.to(self.t5.device)).last_hidden_state
+        return TextCond(tokens, pooled)
