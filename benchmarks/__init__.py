@@ -1,0 +1,1 @@
+"""Measurements: the drawn world and its oracle, and comparisons with other libraries."""

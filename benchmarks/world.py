@@ -1,7 +1,7 @@
 """The drawn world: single objects on plain backgrounds, and the words people use for them.
 
-The demo models are trained on these pictures, and `benchmarks.oracle` reads them back. A `Scene` states every attribute;
-a caption may leave size, place and background unsaid, and then means the default (medium, centre, white).
+The demo models are trained on these pictures, and `benchmarks.oracle` reads them back. A `Scene` states every
+attribute; a caption may leave size, place and background unsaid, and then means the default (medium, centre, white).
 Everything is drawn anti-aliased at any size; coordinates are fractions of the picture's sides.
 """
 
@@ -108,9 +108,7 @@ def offset(radius: float) -> float:
     return min(0.27, 0.47 - radius)
 
 
-def outline(
-    shape: str, cx: float, cy: float, radius: float
-) -> list[tuple[float, float]]:
+def outline(shape: str, cx: float, cy: float, radius: float) -> list[tuple[float, float]]:
     """Corner points of a shape, (x, y) in pixels if the arguments are."""
     if shape == "circle":
         angles = [2 * math.pi * i / 96 for i in range(96)]
@@ -159,9 +157,7 @@ def outline(
     raise ValueError(f"unknown shape {shape!r}")
 
 
-def draw(
-    scene: Scene, width: int, height: int, rng: random.Random | None = None
-) -> Image.Image:
+def draw(scene: Scene, width: int, height: int, rng: random.Random | None = None) -> Image.Image:
     """Draw a scene. With `rng`, position and size vary a little, as the same words leave room for."""
     short = min(width, height)
     radius = SIZES[scene.size]
@@ -181,10 +177,7 @@ def draw(
         (width * SUPERSAMPLING, height * SUPERSAMPLING),
         COLORS[scene.background],
     )
-    points = [
-        (x * SUPERSAMPLING, y * SUPERSAMPLING)
-        for x, y in outline(scene.shape, cx, cy, radius * short)
-    ]
+    points = [(x * SUPERSAMPLING, y * SUPERSAMPLING) for x, y in outline(scene.shape, cx, cy, radius * short)]
     ImageDraw.Draw(canvas).polygon(points, fill=COLORS[scene.color])
     return canvas.reduce(SUPERSAMPLING)
 
@@ -195,11 +188,7 @@ def caption(scene: Scene, rng: random.Random) -> str:
     def say(word: str) -> str:
         return rng.choice(WORDS.get(word, (word,)))
 
-    size = (
-        ""
-        if scene.size == "medium" and rng.random() < 0.85
-        else f"{say(scene.size)} "
-    )
+    size = "" if scene.size == "medium" and rng.random() < 0.85 else f"{say(scene.size)} "
     thing = f"{size}{say(scene.color)} {say(scene.shape)}"
     article = "an" if thing[0] in "aeiou" else "a"
     place = "" if scene.place == "center" and rng.random() < 0.7 else say(scene.place)
@@ -240,9 +229,7 @@ def draw_clutter(width: int, height: int, rng: random.Random) -> Image.Image:
     canvas = Image.new("RGB", big, any_color())
     if rng.random() < 0.25:  # a gradient between two colours
         ramp = Image.linear_gradient("L").rotate(rng.choice((0, 90, 180, 270)))
-        canvas = Image.composite(
-            canvas, Image.new("RGB", big, any_color()), ramp.resize(big)
-        )
+        canvas = Image.composite(canvas, Image.new("RGB", big, any_color()), ramp.resize(big))
     pen = ImageDraw.Draw(canvas)
     for _ in range(rng.randint(1, 5)):
         radius = rng.uniform(0.05, 0.45) * min(big)

@@ -43,32 +43,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="flux-engine", description="Run FLUX-class image models."
-    )
-    parser.add_argument(
-        "--version", action="version", version=f"flux-engine {__version__}"
-    )
+    parser = argparse.ArgumentParser(prog="flux-engine", description="Run FLUX-class image models.")
+    parser.add_argument("--version", action="version", version=f"flux-engine {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     generate = commands.add_parser("generate", help="make pictures from a prompt")
     generate.add_argument("prompt")
     generate.add_argument("--model", default=DEFAULT_MODEL)
     generate.add_argument("--negative-prompt")
-    generate.add_argument(
-        "--aspect-ratio", metavar="W:H", help=f"one of {', '.join(PUBLISHED_SIZES)}"
-    )
+    generate.add_argument("--aspect-ratio", metavar="W:H", help=f"one of {', '.join(PUBLISHED_SIZES)}")
     generate.add_argument("--megapixels", help=f"one of {', '.join(MEGAPIXELS)}")
     generate.add_argument("--width", type=int)
     generate.add_argument("--height", type=int)
     generate.add_argument("--num-outputs", type=int, default=1, metavar="N")
     generate.add_argument("--steps", type=int, metavar="N")
-    generate.add_argument(
-        "--guidance", type=float, metavar="SCALE", help="of models that take one"
-    )
-    generate.add_argument(
-        "--true-cfg", type=float, metavar="SCALE", help="of the negative prompt"
-    )
+    generate.add_argument("--guidance", type=float, metavar="SCALE", help="of models that take one")
+    generate.add_argument("--true-cfg", type=float, metavar="SCALE", help="of the negative prompt")
     generate.add_argument("--seed", type=int)
     generate.add_argument(
         "--output",
@@ -82,9 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="do not write the prompt and parameters into the file",
     )
-    generate.add_argument(
-        "--strict", action="store_true", help="refuse what would be adjusted"
-    )
+    generate.add_argument("--strict", action="store_true", help="refuse what would be adjusted")
     generate.add_argument("--device", help="auto, cpu, cuda, cuda:N")
     generate.add_argument("--dtype", help=", ".join(DTYPES))
     generate.add_argument("--json", action="store_true", help="print JSON only")
@@ -94,9 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     models.add_argument("--json", action="store_true")
     models.set_defaults(run=_models)
 
-    info = commands.add_parser(
-        "info", help="what this machine runs, and with --model what is in force for it"
-    )
+    info = commands.add_parser("info", help="what this machine runs, and with --model what is in force for it")
     info.add_argument("--model")
     info.add_argument("--device")
     info.add_argument("--dtype")
@@ -146,9 +132,7 @@ def _generate(args: argparse.Namespace) -> None:
         _line(f"{engine.spec.name}, {job.width}x{job.height}, seed {job.seeds[0]}")
     result = engine.run(
         request,
-        on_step=None
-        if args.json
-        else lambda step: _line(f"step {step.index}/{step.total}"),
+        on_step=None if args.json else lambda step: _line(f"step {step.index}/{step.total}"),
     )
     timings |= result.timings
     began = time.perf_counter()
@@ -188,10 +172,7 @@ def _generate(args: argparse.Namespace) -> None:
 def _paths(output: Path, count: int) -> list[Path]:
     if count == 1:
         return [output]
-    return [
-        output.with_name(f"{output.stem}-{index}{output.suffix}")
-        for index in range(count)
-    ]
+    return [output.with_name(f"{output.stem}-{index}{output.suffix}") for index in range(count)]
 
 
 def _models(args: argparse.Namespace) -> None:
@@ -210,9 +191,7 @@ def _models(args: argparse.Namespace) -> None:
         _print(json.dumps(rows))
         return
     for row in rows:
-        _print(
-            f"{row['name']:20} {row['bytes'] / 1e6:8.1f} MB  {row['licence']:12} {row['description']}"
-        )
+        _print(f"{row['name']:20} {row['bytes'] / 1e6:8.1f} MB  {row['licence']:12} {row['description']}")
 
 
 def _info(args: argparse.Namespace) -> None:
@@ -235,9 +214,7 @@ def _info(args: argparse.Namespace) -> None:
     if args.model:
         from flux_engine.engine import load
 
-        report["model"] = load(
-            args.model, device=args.device, dtype=args.dtype
-        ).describe()
+        report["model"] = load(args.model, device=args.device, dtype=args.dtype).describe()
     if args.json:
         _print(json.dumps(report))
         return
@@ -248,7 +225,7 @@ def _print_tree(report: dict[str, Any], indent: str = "") -> None:
     for key, value in report.items():
         if isinstance(value, dict):
             _print(f"{indent}{key}")
-            _print_tree(value, indent + "  ")  # pyright: ignore[reportUnknownArgumentType]
+            _print_tree(value, indent + "  ")
         else:
             _print(f"{indent}{key:16} {value}")
 
@@ -286,3 +263,12 @@ def _line(line: str) -> None:
     """Progress goes to standard error."""
     sys.stderr.write(line + "\n")
     sys.stderr.flush()
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry()

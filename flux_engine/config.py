@@ -30,13 +30,9 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise UnsupportedError(
-                f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}"
-            )
+            raise UnsupportedError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.embedding_cache < 0:
-            raise UnsupportedError(
-                f"embedding_cache {self.embedding_cache} is below 0"
-            )
+            raise UnsupportedError(f"embedding_cache {self.embedding_cache} is below 0")
 
     @classmethod
     def from_environment(

@@ -38,15 +38,11 @@ def load(
     machine does best; see EngineConfig. `embedding_cache` is the number of encoded prompts to keep.
     Raises UnknownModel, WeightsError, UnsupportedError or OutOfMemory; nothing stays loaded then.
     """
-    config = EngineConfig.from_environment(
-        device=device, dtype=dtype, embedding_cache=embedding_cache
-    )
+    config = EngineConfig.from_environment(device=device, dtype=dtype, embedding_cache=embedding_cache)
     began = time.perf_counter()
     manifest = hub.find(model, config.weights)
     if manifest.spec not in SPECS:
-        raise WeightsError(
-            f"{model}: its manifest names the spec {manifest.spec!r}; known are {', '.join(SPECS)}"
-        )
+        raise WeightsError(f"{model}: its manifest names the spec {manifest.spec!r}; known are {', '.join(SPECS)}")
     target = hardware.pick_device(config.device)
     compute = hardware.pick_dtype(config.dtype, target)
     manifest.verify()
@@ -97,9 +93,7 @@ class Engine:
                     f"a request has no field {name!r}{guess} Fields: {', '.join(known)}",
                     field=name,
                 )
-        return self.run(
-            Request(prompt=prompt, **fields), on_step=on_step, cancel=cancel
-        )
+        return self.run(Request(prompt=prompt, **fields), on_step=on_step, cancel=cancel)
 
     def run(
         self,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flux_engine.checkpoints.load import load_module
@@ -77,9 +78,7 @@ class FluxFamily:
                 )
             net = load_module(lambda: Flux(params), source, dtype=dtype, device=device)
         with WeightSource(files["vae"]) as source:
-            vae = load_module(
-                lambda: AutoEncoder(spec.vae), source, dtype=dtype, device=device
-            )
+            vae = load_module(lambda: AutoEncoder(spec.vae), source, dtype=dtype, device=device)
         text = FluxTextEncoder.load(
             files,
             max_sequence_length=spec.max_sequence_length,
@@ -91,9 +90,7 @@ class FluxFamily:
 
     def schedule(self, job: Job) -> FlowMatchEuler:
         h, w = job.latent_size
-        return flow_match_euler(
-            self.spec.schedule, job.num_inference_steps, h * w // 4
-        )
+        return flow_match_euler(self.spec.schedule, job.num_inference_steps, h * w // 4)
 
     def noise(self, seeds: Sequence[int], h: int, w: int) -> Tensor:
         """Standard normal latents (B, C, h, w), float32, drawn on the CPU from each picture's own seed."""
@@ -113,38 +110,38 @@ class FluxFamily:
     def to_latent(self, tokens: Tensor, h: int, w: int) -> Tensor:
         return unpatchify(tokens, h, w)
 
-    def statics(self, job: Job, text: TextCond, schedule: FlowMatchEuler) -> FluxStatics:
-        """Everything that stays the same over the calls of one request."""
+    def statics(self, job: Job, text: TextCond, rows: Sequence[int], schedule: FlowMatchEuler) -> FluxStatics:
+        """Everything that stays the same over the calls of one request.
+
+        `text` holds each prompt once; `rows` says which of them each row of the batch uses. Prompts are precomputed
+        one by one: a row's bits must not depend on the batch it is in, and a product's rounding depends on its size.
+        """
         h, w = job.latent_size
         device = self.net.device
-        rows = text.tokens.shape[0]
-        guidance = (
-            None
-            if job.guidance_scale is None
-            else torch.full((rows,), job.guidance_scale, device=device)
-        )
-        return self.net.precompute(
-            text.tokens,
-            text.pooled,
-            image_ids(h // 2, w // 2).to(device),
-            torch.tensor(schedule.timesteps, dtype=torch.float32, device=device),
-            guidance,
-        )
+        ids = image_ids(h // 2, w // 2).to(device)
+        times = torch.tensor(schedule.timesteps, dtype=torch.float32, device=device)
+        guidance = None if job.guidance_scale is None else torch.tensor([job.guidance_scale], device=device)
+        each = [
+            self.net.precompute(tokens, pooled, ids, times, guidance)
+            for tokens, pooled in zip(text.tokens.split(1), text.pooled.split(1), strict=True)
+        ]
+        return FluxStatics.cat([each[row] for row in rows])
 
     def latent_rgb(self) -> tuple[Tensor, Tensor]:
         """A linear map from latent channels to RGB in [-1, 1], for previews: weight (C, 3), bias (3,).
 
-        Fitted to what the autoencoder makes of flat colours, so it suits any autoencoder and needs no constants.
+        Fitted to what the autoencoder makes of pictures of coloured blocks, so it suits any autoencoder and needs no
+        constants.
         """
-        levels = torch.tensor([-1.0, 0.0, 1.0])
-        colors = torch.cartesian_prod(levels, levels, levels)  # (27, 3)
-        side = 4 * self.spec.vae.downscale
-        flat = colors[:, :, None, None].expand(-1, -1, side, side)
-        latent = self.vae.encode(flat.to(self.net.device)).float().mean(dim=(2, 3))
-        inputs = torch.cat((latent, latent.new_ones(len(latent), 1)), dim=1).cpu()
-        ridge = 1e-3 * torch.eye(inputs.shape[1])
-        solved = torch.linalg.solve(inputs.T @ inputs + ridge, inputs.T @ colors)
-        solved = solved.to(self.net.device)
+        downscale, device = self.spec.vae.downscale, self.net.device
+        generator = torch.Generator().manual_seed(0)
+        blocks = torch.rand((4, 3, 4, 4), generator=generator) * 2 - 1
+        pictures = F.interpolate(blocks, scale_factor=4 * downscale, mode="nearest")
+        latent = self.vae.encode(pictures.to(device)).float().cpu().permute(0, 2, 3, 1).flatten(0, 2)
+        colors = F.avg_pool2d(pictures, downscale).permute(0, 2, 3, 1).flatten(0, 2)
+        inputs = torch.cat((latent, torch.ones(len(latent), 1)), dim=1)
+        ridge = 1e-2 * len(inputs) * torch.eye(inputs.shape[1])
+        solved = torch.linalg.solve(inputs.T @ inputs + ridge, inputs.T @ colors).to(device)
         return solved[:-1], solved[-1]
 
 

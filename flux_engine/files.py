@@ -34,16 +34,12 @@ def check_writable(path: Path) -> None:
         try:
             folder.mkdir(parents=True)
         except OSError as error:
-            raise OutputError(
-                f"cannot make the folder {folder}: {error.strerror}"
-            ) from None
+            raise OutputError(f"cannot make the folder {folder}: {error.strerror}") from None
     try:
         with tempfile.NamedTemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise OutputError(
-            f"cannot write in {folder}: {error.strerror}; choose another output"
-        ) from None
+        raise OutputError(f"cannot write in {folder}: {error.strerror}; choose another output") from None
 
 
 def write(path: Path, content: bytes) -> None:

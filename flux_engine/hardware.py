@@ -17,9 +17,7 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UnsupportedError(
-            f"device {name!r} is not a device: use auto, cpu, cuda or cuda:N"
-        ) from None
+        raise UnsupportedError(f"device {name!r} is not a device: use auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:

@@ -23,6 +23,8 @@ CHECKED_OUT = Path(__file__).parent.parent / "weights"
 
 @dataclass(frozen=True)
 class WeightFile:
+    """One file a model needs, and what makes it that file."""
+
     path: Path
     bytes: int
     sha256: str
@@ -47,17 +49,14 @@ class Manifest:
     def parts(self) -> dict[str, Path]:
         """Part -> its file or folder."""
         return {
-            name.partition("/")[0]: file.path.parent if "/" in name else file.path
-            for name, file in self.files.items()
+            name.partition("/")[0]: file.path.parent if "/" in name else file.path for name, file in self.files.items()
         }
 
     def verify(self) -> None:
         """Raise WeightsError unless every file is there, whole and unaltered."""
         for name, file in self.files.items():
             if not file.path.is_file():
-                raise WeightsError(
-                    f"{self.name}: {name} is missing at {file.path}; install the package again"
-                )
+                raise WeightsError(f"{self.name}: {name} is missing at {file.path}; install the package again")
             size = file.path.stat().st_size
             if size != file.bytes:
                 raise WeightsError(
@@ -98,9 +97,7 @@ def find(name: str, extra: Path | None = None) -> Manifest:
         return known[name]
     near = difflib.get_close_matches(name, known, n=1)
     guess = f"; did you mean {near[0]!r}?" if near else ""
-    raise UnknownModel(
-        f"no model {name!r}{guess} Known: {', '.join(known) or 'none'}"
-    )
+    raise UnknownModel(f"no model {name!r}{guess} Known: {', '.join(known) or 'none'}")
 
 
 def _read(path: Path, root: Path) -> Manifest:
@@ -113,9 +110,7 @@ def _read(path: Path, root: Path) -> Manifest:
             licence=data["licence"],
             source=data["source"],
             files={
-                name: WeightFile(
-                    root / entry["path"], entry["bytes"], entry["sha256"]
-                )
+                name: WeightFile(root / entry["path"], entry["bytes"], entry["sha256"])
                 for name, entry in data["files"].items()
             },
         )

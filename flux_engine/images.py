@@ -60,9 +60,7 @@ def encode(
 def _exif(parameters: str) -> bytes:
     exif = Image.Exif()
     exif[EXIF_SOFTWARE] = "flux-engine"
-    exif.get_ifd(EXIF_IFD)[EXIF_USER_COMMENT] = b"UNICODE\0" + parameters.encode(
-        "utf-16-be"
-    )
+    exif.get_ifd(EXIF_IFD)[EXIF_USER_COMMENT] = b"UNICODE\0" + parameters.encode("utf-16-be")
     return exif.tobytes()
 
 

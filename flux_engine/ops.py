@@ -29,9 +29,7 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps=1e-6).to(x.dtype)
 
 
-def rotary_tables(
-    ids: Tensor, axes_dim: Sequence[int], theta: float
-) -> tuple[Tensor, Tensor]:
+def rotary_tables(ids: Tensor, axes_dim: Sequence[int], theta: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every token's rotation angles.
 
     ids (L, A): a position on each of A axes. Returns two float32 tensors (L, sum(axes_dim) / 2), on the device of
@@ -40,9 +38,7 @@ def rotary_tables(
     """
     angles: list[Tensor] = []
     for axis, dim in enumerate(axes_dim):
-        frequency = theta ** -(
-            torch.arange(0, dim, 2, dtype=torch.float64, device=ids.device) / dim
-        )
+        frequency = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=ids.device) / dim)
         angles.append(ids[:, axis, None].double() * frequency)
     angle = torch.cat(angles, dim=-1)
     return angle.cos().float(), angle.sin().float()
@@ -81,10 +77,6 @@ def sinusoidal_embedding(t: Tensor, dim: int, *, time_factor: float = 1000.0) ->
     Source: DDPM (arXiv 2006.11239), with FLUX's time factor of 1000.
     """
     half = dim // 2
-    frequency = torch.exp(
-        -math.log(10_000)
-        * torch.arange(half, dtype=torch.float32, device=t.device)
-        / half
-    )
+    frequency = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angle = (t.float() * time_factor)[:, None] * frequency
     return torch.cat((angle.cos(), angle.sin()), dim=-1)

@@ -71,9 +71,9 @@ class Pipeline:
         check_cancelled(cancel)
 
         with clock("encode"):
-            text, notes = self._encode(job)
+            text, rows, notes = self._encode(job)
             schedule = family.schedule(job)
-            statics = family.statics(job, text, schedule)
+            statics = family.statics(job, text, rows, schedule)
 
         with clock("denoise"):
             h, w = job.latent_size
@@ -82,9 +82,7 @@ class Pipeline:
             for call, t in enumerate(schedule.timesteps):
                 check_cancelled(cancel)
                 if guided:
-                    negative, positive = family.net(
-                        torch.cat((x, x)), call, statics
-                    ).chunk(2)
+                    negative, positive = family.net(torch.cat((x, x)), call, statics).chunk(2)
                     velocity = negative + job.true_cfg_scale * (positive - negative)
                 else:
                     velocity = family.net(x, call, statics)
@@ -92,9 +90,7 @@ class Pipeline:
                 x = schedule.step(velocity, call, x)
                 if on_step:
                     latent = family.to_latent(foreseen, h, w)
-                    on_step(
-                        Step(call + 1, len(schedule.timesteps), t, latent, self.preview)
-                    )
+                    on_step(Step(call + 1, len(schedule.timesteps), t, latent, self.preview))
             latent = family.to_latent(x, h, w)
 
         with clock("decode"):
@@ -108,18 +104,22 @@ class Pipeline:
                     pictures.append(family.vae.decode(one)[0].float().cpu())
         return Output(pictures, clock.seconds, notes)
 
-    def _encode(self, job: Job) -> tuple[TextCond, list[str]]:
-        """Positive rows, and before them negative ones where the job has guidance. Notes what was cut."""
+    def _encode(self, job: Job) -> tuple[TextCond, list[int], list[str]]:
+        """Every prompt once, which of them each row of the batch uses, and what was cut.
+
+        Where the job has guidance, a negative row for each picture comes before the positive ones.
+        """
         prompts = list(job.prompts)
         if job.true_cfg_scale != 1.0:
             prompts = [job.negative_prompt] * len(prompts) + prompts
-        text, cut = self.family.text.encode(prompts)
+        unique = list(dict.fromkeys(prompts))
+        text, cut = self.family.text.encode(unique)
         limit = self.family.text.max_sequence_length
         notes = [
             f"prompt cut to {limit} tokens, the last {over} are not read: {prompt[:40]!r}..."
             for prompt, over in cut.items()
         ]
-        return text, notes
+        return text, [unique.index(prompt) for prompt in prompts], notes
 
     @cached_property
     def _latent_rgb(self) -> tuple[Tensor, Tensor]:
@@ -133,6 +133,7 @@ class Pipeline:
 
 
 def check_cancelled(cancel: threading.Event | None) -> None:
+    """Raise RequestCancelled if the event is set."""
     if cancel is not None and cancel.is_set():
         raise RequestCancelled("the request was cancelled")
 

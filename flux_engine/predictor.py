@@ -65,21 +65,13 @@ class Predictor:
             if self._engine is None:
                 self._engine = load(self.model, device=self.device, dtype=self.dtype)
 
-    def predict(
-        self, *, cancel: threading.Event | None = None, **inputs: Any
-    ) -> list[Path]:
+    def predict(self, *, cancel: threading.Event | None = None, **inputs: Any) -> list[Path]:
         """Make the pictures of one prediction and return their files.
 
         Raises InvalidInput for inputs the schema refuses, RequestCancelled, OutOfMemory or OutputError.
         """
         values = self.schema.validate(inputs)
-        request = Request(
-            **{
-                one.field: values[one.name]
-                for one in self.schema.inputs
-                if one.field is not None
-            }
-        )
+        request = Request(**{one.field: values[one.name] for one in self.schema.inputs if one.field is not None})
         self.setup()
         assert self._engine is not None
         job = request.resolve(self._engine.spec)
@@ -109,9 +101,7 @@ class Predictor:
         # A line of its own for every step: clients of hosted models read percentages from whole lines.
         done = BAR * step.index // step.total
         bar = "█" * done + " " * (BAR - done)
-        self.say(
-            f"{100 * step.index // step.total:3d}%|{bar}| {step.index}/{step.total}"
-        )
+        self.say(f"{100 * step.index // step.total:3d}%|{bar}| {step.index}/{step.total}")
 
     def _folder(self) -> Path:
         if self.output_dir is not None:

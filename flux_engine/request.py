@@ -75,11 +75,7 @@ class Request:
                 spec.max_inference_steps,
             )
         )
-        seed = (
-            secrets.randbits(32)
-            if self.seed is None
-            else _integer("seed", self.seed, 0, MAX_SEED)
-        )
+        seed = secrets.randbits(32) if self.seed is None else _integer("seed", self.seed, 0, MAX_SEED)
         if self.output_type not in get_args(OutputType):
             raise InvalidRequest(
                 f"output_type {self.output_type!r} is not one of {', '.join(get_args(OutputType))}",
@@ -119,17 +115,13 @@ class Request:
             )
         if self.aspect_ratio is not None or self.megapixels is not None:
             name = "aspect_ratio" if self.aspect_ratio is not None else "megapixels"
-            raise InvalidRequest(
-                f"{name} and width/height exclude each other: give one", field=name
-            )
+            raise InvalidRequest(f"{name} and width/height exclude each other: give one", field=name)
         sides: list[int] = []
         for name, value in (("width", self.width), ("height", self.height)):
             asked = _integer(name, value, sizes.min_side, sizes.max_side)
             side = -(-asked // sizes.multiple) * sizes.multiple
             if side != asked:
-                notes.append(
-                    f"{name} {asked} rounded up to {side}, a multiple of {sizes.multiple}"
-                )
+                notes.append(f"{name} {asked} rounded up to {side}, a multiple of {sizes.multiple}")
             sides.append(side)
         if sides[0] * sides[1] > sizes.max_pixels:
             raise InvalidRequest(
@@ -140,23 +132,15 @@ class Request:
         return sides[0], sides[1]
 
     def _guidance(self, spec: ModelSpec, notes: list[str]) -> float | None:
-        asked = (
-            None
-            if self.guidance_scale is None
-            else _number("guidance_scale", self.guidance_scale, 0, 100)
-        )
+        asked = None if self.guidance_scale is None else _number("guidance_scale", self.guidance_scale, 0, 100)
         if spec.guidance_scale is None:
             if asked is not None:
-                notes.append(
-                    f"guidance_scale {asked:g} ignored: {spec.name} takes no guidance"
-                )
+                notes.append(f"guidance_scale {asked:g} ignored: {spec.name} takes no guidance")
             return None
         return spec.guidance_scale if asked is None else asked
 
     def _true_cfg(self, spec: ModelSpec) -> float:
-        if self.negative_prompt is not None and not isinstance(
-            self.negative_prompt, str
-        ):
+        if self.negative_prompt is not None and not isinstance(self.negative_prompt, str):
             raise InvalidRequest(
                 f"negative_prompt is a {type(self.negative_prompt).__name__}, not a string",
                 field="negative_prompt",
@@ -205,9 +189,7 @@ def _prompts(prompt: object) -> list[str]:
     checked: list[str] = []
     for one in prompts:
         if not isinstance(one, str):
-            raise InvalidRequest(
-                f"prompt holds a {type(one).__name__}, not a string", field="prompt"
-            )
+            raise InvalidRequest(f"prompt holds a {type(one).__name__}, not a string", field="prompt")
         _check_length("prompt", one)
         checked.append(one)
     return checked
@@ -222,9 +204,7 @@ def _check_length(name: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InvalidRequest(
-            f"{name} is not valid Unicode: {error.reason} at {error.start}", field=name
-        ) from None
+        raise InvalidRequest(f"{name} is not valid Unicode: {error.reason} at {error.start}", field=name) from None
 
 
 def _integer(name: str, value: object, low: int, high: int) -> int:
@@ -233,9 +213,7 @@ def _integer(name: str, value: object, low: int, high: int) -> int:
         raise InvalidRequest(f"{name} {value!r} is not an integer", field=name)
     number = value.__index__()  # pyright: ignore[reportAttributeAccessIssue]
     if not low <= number <= high:
-        raise InvalidRequest(
-            f"{name} {number} is outside {low} to {high}", field=name
-        )
+        raise InvalidRequest(f"{name} {number} is outside {low} to {high}", field=name)
     return number
 
 
@@ -244,7 +222,5 @@ def _number(name: str, value: object, low: float, high: float) -> float:
         raise InvalidRequest(f"{name} {value!r} is not a number", field=name)
     number = float(value)  # pyright: ignore[reportArgumentType]
     if not math.isfinite(number) or not low <= number <= high:
-        raise InvalidRequest(
-            f"{name} {number} is outside {low:g} to {high:g}", field=name
-        )
+        raise InvalidRequest(f"{name} {number} is outside {low:g} to {high:g}", field=name)
     return number

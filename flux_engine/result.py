@@ -98,9 +98,7 @@ class Result:
             return Image.fromarray(picture)
         if self.job.output_type == "pt":
             return images.to_pil(picture * 2 - 1)
-        raise InvalidRequest(
-            "latents are not a picture: ask for output_type 'pil'", field="output_type"
-        )
+        raise InvalidRequest("latents are not a picture: ask for output_type 'pil'", field="output_type")
 
     def __repr__(self) -> str:
         job = self.job
@@ -115,6 +113,4 @@ class Result:
         if self.job.output_type == "latent":
             return None
         pictures = [self.pil(index) for index in range(len(self))]
-        return images.encode(
-            images.contact_sheet(pictures, min(len(pictures), 4)), "png"
-        )
+        return images.encode(images.contact_sheet(pictures, min(len(pictures), 4)), "png")

@@ -33,17 +33,11 @@ class FlowMatchEuler:
         return x + (self.sigmas[call + 1] - self.sigmas[call]) * velocity.float()
 
 
-def flow_match_euler(
-    params: FlowSchedule, num_inference_steps: int, image_tokens: int
-) -> FlowMatchEuler:
+def flow_match_euler(params: FlowSchedule, num_inference_steps: int, image_tokens: int) -> FlowMatchEuler:
     """Evenly spaced times, shifted towards noise the more image tokens there are, where the model wants that."""
     times = [1 - i / num_inference_steps for i in range(num_inference_steps + 1)]
     if params.shifted:
-        slope = (params.max_shift - params.base_shift) / (
-            params.max_tokens - params.base_tokens
-        )
+        slope = (params.max_shift - params.base_shift) / (params.max_tokens - params.base_tokens)
         mu = params.base_shift + slope * (image_tokens - params.base_tokens)
-        times = [
-            math.exp(mu) / (math.exp(mu) + (1 / t - 1)) if t > 0 else 0.0 for t in times
-        ]
+        times = [math.exp(mu) / (math.exp(mu) + (1 / t - 1)) if t > 0 else 0.0 for t in times]
     return FlowMatchEuler(tuple(times))

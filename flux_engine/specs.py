@@ -220,21 +220,15 @@ DEMO_SCHNELL = replace(
     max_sequence_length=48,
 )
 
-SPECS: Mapping[str, ModelSpec] = MappingProxyType(
-    {spec.name: spec for spec in (FLUX_SCHNELL, FLUX_DEV, DEMO_SCHNELL)}
-)
+SPECS: Mapping[str, ModelSpec] = MappingProxyType({spec.name: spec for spec in (FLUX_SCHNELL, FLUX_DEV, DEMO_SCHNELL)})
 
 
 def _shape(shapes: Shapes, key: str) -> Sequence[int]:
     if key not in shapes:
-        raise WeightsError(
-            f"no tensor {key!r}: this is not a FLUX.1 transformer with Black Forest Labs' key names"
-        )
+        raise WeightsError(f"no tensor {key!r}: this is not a FLUX.1 transformer with Black Forest Labs' key names")
     return shapes[key]
 
 
 def _count(shapes: Shapes, prefix: str) -> int:
     """Number of blocks whose keys start with `prefix` and a number."""
-    return len(
-        {key[len(prefix) :].split(".")[0] for key in shapes if key.startswith(prefix)}
-    )
+    return len({key[len(prefix) :].split(".")[0] for key in shapes if key.startswith(prefix)})

@@ -21,12 +21,11 @@ from transformers import (
     PreTrainedTokenizerBase,
     T5Config,
     T5EncoderModel,
-    T5TokenizerFast,
+    T5Tokenizer,
 )
 
 from flux_engine.checkpoints.load import load_module
 from flux_engine.checkpoints.source import WeightSource
-
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,7 @@ class TextCond:
 
     @staticmethod
     def cat(parts: Sequence[TextCond]) -> TextCond:
-        return TextCond(
-            torch.cat([p.tokens for p in parts]), torch.cat([p.pooled for p in parts])
-        )
+        return TextCond(torch.cat([p.tokens for p in parts]), torch.cat([p.pooled for p in parts]))
 
 
 class FluxTextEncoder:
@@ -106,7 +103,7 @@ class FluxTextEncoder:
         return cls(
             CLIPTokenizer.from_pretrained(files["tokenizer"]),
             clip,
-            T5TokenizerFast.from_pretrained(files["tokenizer_2"]),
+            T5Tokenizer.from_pretrained(files["tokenizer_2"]),
             t5,
             max_sequence_length=max_sequence_length,
             cache_size=cache_size,

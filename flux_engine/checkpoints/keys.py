@@ -55,9 +55,7 @@ FLUX_DIFFUSERS: tuple[Entry, ...] = (
     _one("guidance_in.out_layer", "time_text_embed.guidance_embedder.linear_2"),
     _one(_D + "img_mod.lin", _T + "norm1.linear"),
     _one(_D + "txt_mod.lin", _T + "norm1_context.linear"),
-    Entry(
-        _D + "img_attn.qkv", (_T + "attn.to_q", _T + "attn.to_k", _T + "attn.to_v")
-    ),
+    Entry(_D + "img_attn.qkv", (_T + "attn.to_q", _T + "attn.to_k", _T + "attn.to_v")),
     Entry(
         _D + "txt_attn.qkv",
         (_T + "attn.add_q_proj", _T + "attn.add_k_proj", _T + "attn.add_v_proj"),
@@ -93,7 +91,7 @@ def _resnets(ours: str, theirs: str) -> list[Entry]:
 
 
 def vae_diffusers(levels: int) -> tuple[Entry, ...]:
-    """The autoencoder's table. `levels` is the number of resolutions: diffusers counts the decoder's from the other end."""
+    """The autoencoder's table. Of its `levels` resolutions, diffusers counts the decoder's from the other end."""
     table: list[Entry] = []
     for side in ("encoder", "decoder"):
         table += [
@@ -111,20 +109,14 @@ def vae_diffusers(levels: int) -> tuple[Entry, ...]:
             ("v", "to_v"),
             ("proj_out", "to_out.0"),
         ):
-            table.append(
-                Entry(
-                    f"{side}.mid.attn_1.{ours}", (f"{middle}.{theirs}",), matrix=True
-                )
-            )
+            table.append(Entry(f"{side}.mid.attn_1.{ours}", (f"{middle}.{theirs}",), matrix=True))
     for level in range(levels):
         up = levels - 1 - level
         table += _resnets(
             f"encoder.down.{level}.block.{{i}}",
             f"encoder.down_blocks.{level}.resnets.{{i}}",
         )
-        table += _resnets(
-            f"decoder.up.{level}.block.{{i}}", f"decoder.up_blocks.{up}.resnets.{{i}}"
-        )
+        table += _resnets(f"decoder.up.{level}.block.{{i}}", f"decoder.up_blocks.{up}.resnets.{{i}}")
         table.append(
             _one(
                 f"encoder.down.{level}.downsample.conv",
@@ -144,9 +136,7 @@ def vae_diffusers(levels: int) -> tuple[Entry, ...]:
     return tuple(table)
 
 
-def to_theirs(
-    tensors: Mapping[str, Tensor], table: tuple[Entry, ...], *, width: int = 0
-) -> dict[str, Tensor]:
+def to_theirs(tensors: Mapping[str, Tensor], table: tuple[Entry, ...], *, width: int = 0) -> dict[str, Tensor]:
     """Rename (and split, swap, squeeze) our tensors to the other layout.
 
     `width` is the number of rows of every part of a joined tensor but the last, which takes the rest.

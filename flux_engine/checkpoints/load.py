@@ -35,15 +35,10 @@ def load_module(
         module = make()
     tied = tied or {}
     wanted = {
-        name: (rename(name), tuple(tensor.shape))
-        for name, tensor in module.state_dict().items()
-        if name not in tied
+        name: (rename(name), tuple(tensor.shape)) for name, tensor in module.state_dict().items() if name not in tied
     }
     _compare(source, dict(wanted.values()))
-    state = {
-        name: source.rows(stored, dtype=dtype).to(device)
-        for name, (stored, _) in wanted.items()
-    }
+    state = {name: source.rows(stored, dtype=dtype).to(device) for name, (stored, _) in wanted.items()}
     state |= {name: state[original] for name, original in tied.items()}
     module.load_state_dict(state, strict=True, assign=True)
     for name, original in tied.items():
@@ -68,6 +63,4 @@ def _compare(source: WeightSource, wanted: Mapping[str, Sequence[int]]) -> None:
         if names
     ]
     if lines:
-        raise WeightsError(
-            f"{source.path} does not fit the network. Tensors " + "; ".join(lines)
-        )
+        raise WeightsError(f"{source.path} does not fit the network. Tensors " + "; ".join(lines))

@@ -27,12 +27,10 @@ class WeightSource:
         except FileNotFoundError:
             raise WeightsError(f"{path} does not exist") from None
         except (SafetensorError, OSError) as error:
-            raise WeightsError(
-                f"{path} is not a whole safetensors file ({error}): fetch it again"
-            ) from None
+            raise WeightsError(f"{path} is not a whole safetensors file ({error}): fetch it again") from None
         self.shapes: dict[str, tuple[int, ...]] = {
             name: tuple(self._file.get_slice(name).get_shape())
-            for name in self._file.keys()
+            for name in self._file.keys()  # noqa: SIM118 (not a dict)
         }
 
     def __enter__(self) -> WeightSource:
@@ -60,8 +58,6 @@ class WeightSource:
         """
         if name not in self.shapes:
             raise WeightsError(f"{self.path} has no tensor {name!r}")
-        if start == 0 and stop is None:
-            tensor = self._file.get_tensor(name)
-        else:
-            tensor = self._file.get_slice(name)[start:stop]
+        whole = start == 0 and stop is None
+        tensor = self._file.get_tensor(name) if whole else self._file.get_slice(name)[start:stop]
         return tensor if dtype is None else tensor.to(dtype)

@@ -13,7 +13,9 @@ Shapes: B batch, S calls, L tokens (Li image, Lt text), H heads, D width.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +41,27 @@ class FluxStatics:
     """Per single block (S, B, 3, 1, D): shift, scale, gate."""
     final: Tensor
     """(S, B, 2, 1, D): shift, scale of the last layer."""
+
+    @staticmethod
+    def cat(rows: Sequence[FluxStatics]) -> FluxStatics:
+        """One batch of several: the same schedule and picture size, any prompts. A row may come several times."""
+        first = rows[0]
+        if len(rows) == 1:
+            return first
+        return FluxStatics(
+            txt=torch.cat([r.txt for r in rows]),
+            cos=first.cos,
+            sin=first.sin,
+            double=tuple(
+                (
+                    torch.cat([img for img, _ in block], dim=1),
+                    torch.cat([txt for _, txt in block], dim=1),
+                )
+                for block in zip(*(r.double for r in rows), strict=True)
+            ),
+            single=tuple(torch.cat(block, dim=1) for block in zip(*(r.single for r in rows), strict=True)),
+            final=torch.cat([r.final for r in rows], dim=1),
+        )
 
 
 class MLPEmbedder(nn.Module):
@@ -84,9 +107,7 @@ class SelfAttention(nn.Module):
         return split_heads(self.qkv(x), self.num_heads, self.norm)
 
 
-def split_heads(
-    qkv: Tensor, num_heads: int, norm: QKNorm
-) -> tuple[Tensor, Tensor, Tensor]:
+def split_heads(qkv: Tensor, num_heads: int, norm: QKNorm) -> tuple[Tensor, Tensor, Tensor]:
     """(B, L, 3 D) -> normalised q and k, plain v, each (B, H, L, head_dim)."""
     q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     return norm.query_norm(q), norm.key_norm(k), v
@@ -117,14 +138,10 @@ class DoubleStreamBlock(nn.Module):
         super().__init__()
         self.img_mod = Modulation(dim, 6)
         self.img_attn = SelfAttention(dim, num_heads)
-        self.img_mlp = nn.Sequential(
-            nn.Linear(dim, mlp_dim), nn.GELU("tanh"), nn.Linear(mlp_dim, dim)
-        )
+        self.img_mlp = nn.Sequential(nn.Linear(dim, mlp_dim), nn.GELU("tanh"), nn.Linear(mlp_dim, dim))
         self.txt_mod = Modulation(dim, 6)
         self.txt_attn = SelfAttention(dim, num_heads)
-        self.txt_mlp = nn.Sequential(
-            nn.Linear(dim, mlp_dim), nn.GELU("tanh"), nn.Linear(mlp_dim, dim)
-        )
+        self.txt_mlp = nn.Sequential(nn.Linear(dim, mlp_dim), nn.GELU("tanh"), nn.Linear(mlp_dim, dim))
 
     def forward(
         self,
@@ -139,17 +156,15 @@ class DoubleStreamBlock(nn.Module):
         i_shift1, i_scale1, i_gate1, i_shift2, i_scale2, i_gate2 = img_mod.unbind(1)
         t_shift1, t_scale1, t_gate1, t_shift2, t_scale2, t_gate2 = txt_mod.unbind(1)
 
-        img_q, img_k, img_v = self.img_attn.project(
-            ops.layer_norm_modulate(img, i_shift1, i_scale1)
-        )
-        txt_q, txt_k, txt_v = self.txt_attn.project(
-            ops.layer_norm_modulate(txt, t_shift1, t_scale1)
-        )
+        img_q, img_k, img_v = self.img_attn.project(ops.layer_norm_modulate(img, i_shift1, i_scale1))
+        txt_q, txt_k, txt_v = self.txt_attn.project(ops.layer_norm_modulate(txt, t_shift1, t_scale1))
         q = ops.apply_rotary(torch.cat((txt_q, img_q), dim=2), cos, sin)
         k = ops.apply_rotary(torch.cat((txt_k, img_k), dim=2), cos, sin)
         v = torch.cat((txt_v, img_v), dim=2)  # (B, H, Lt + Li, head_dim)
         mixed = merge_heads(attention(q, k, v))
-        txt_update, img_update = mixed.split((txt.shape[1], img.shape[1]), dim=1)
+        # Contiguous, because torch multiplies a strided batch by another path, with other rounding than one picture.
+        txt_update = mixed[:, : txt.shape[1]].contiguous()
+        img_update = mixed[:, txt.shape[1] :].contiguous()
 
         img = ops.gated_residual(img, i_gate1, self.img_attn.proj(img_update))
         img = ops.gated_residual(
@@ -181,16 +196,10 @@ class SingleStreamBlock(nn.Module):
     def forward(self, x: Tensor, mod: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x (B, L, D), mod (B, 3, 1, D) -> (B, L, D)."""
         shift, scale, gate = mod.unbind(1)
-        qkv, mlp = self.linear1(ops.layer_norm_modulate(x, shift, scale)).split(
-            self.widths, dim=-1
-        )
+        qkv, mlp = self.linear1(ops.layer_norm_modulate(x, shift, scale)).split(self.widths, dim=-1)
         q, k, v = split_heads(qkv, self.num_heads, self.norm)
-        mixed = attention(
-            ops.apply_rotary(q, cos, sin), ops.apply_rotary(k, cos, sin), v
-        )
-        update = self.linear2(
-            torch.cat((merge_heads(mixed), ops.gelu_tanh(mlp)), dim=-1)
-        )
+        mixed = attention(ops.apply_rotary(q, cos, sin), ops.apply_rotary(k, cos, sin), v)
+        update = self.linear2(torch.cat((merge_heads(mixed), ops.gelu_tanh(mlp)), dim=-1))
         return ops.gated_residual(x, gate, update)
 
 
@@ -221,12 +230,9 @@ class Flux(nn.Module):
         self.vector_in = MLPEmbedder(params.vec_in_dim, dim)
         if params.guidance_embed:
             self.guidance_in = MLPEmbedder(256, dim)
-        self.double_blocks = nn.ModuleList(
-            DoubleStreamBlock(dim, heads, mlp_dim) for _ in range(params.depth)
-        )
+        self.double_blocks = nn.ModuleList(DoubleStreamBlock(dim, heads, mlp_dim) for _ in range(params.depth))
         self.single_blocks = nn.ModuleList(
-            SingleStreamBlock(dim, heads, mlp_dim)
-            for _ in range(params.depth_single_blocks)
+            SingleStreamBlock(dim, heads, mlp_dim) for _ in range(params.depth_single_blocks)
         )
         self.final_layer = LastLayer(dim, params.out_channels)
 
@@ -254,9 +260,7 @@ class Flux(nn.Module):
         without a guidance embedding (passing one to such a network is a programming error).
         """
         if (guidance is not None) != self.params.guidance_embed:
-            raise ValueError(
-                f"guidance_embed is {self.params.guidance_embed}, guidance is {guidance!r}"
-            )
+            raise ValueError(f"guidance_embed is {self.params.guidance_embed}, guidance is {guidance!r}")
         dtype = self.dtype
         batch = context.shape[0]
         t = timesteps if timesteps.dim() == 2 else timesteps[:, None].expand(-1, batch)
@@ -264,36 +268,28 @@ class Flux(nn.Module):
         vec = self.time_in(ops.sinusoidal_embedding(t.reshape(-1), 256).to(dtype))
         vec = vec.unflatten(0, (calls, batch))
         if guidance is not None:
-            vec = vec + self.guidance_in(
-                ops.sinusoidal_embedding(guidance, 256).to(dtype)
-            )
+            vec = vec + self.guidance_in(ops.sinusoidal_embedding(guidance, 256).to(dtype))
         vec = vec + self.vector_in(pooled.to(dtype))  # (S, B, D)
         activated = nn.functional.silu(vec)
 
+        double_blocks = cast("Iterable[DoubleStreamBlock]", self.double_blocks)
+        single_blocks = cast("Iterable[SingleStreamBlock]", self.single_blocks)
         txt_ids = img_ids.new_zeros(context.shape[1], img_ids.shape[1])
-        cos, sin = ops.rotary_tables(
-            torch.cat((txt_ids, img_ids)), self.params.axes_dim, self.params.theta
-        )
+        cos, sin = ops.rotary_tables(torch.cat((txt_ids, img_ids)), self.params.axes_dim, self.params.theta)
         return FluxStatics(
             txt=self.txt_in(context.to(dtype)),
             cos=cos,
             sin=sin,
-            double=tuple(
-                (b.img_mod(activated), b.txt_mod(activated)) for b in self.double_blocks
-            ),
-            single=tuple(b.modulation(activated) for b in self.single_blocks),
-            final=self.final_layer.adaLN_modulation[1](activated).unflatten(
-                -1, (2, 1, -1)
-            ),
+            double=tuple((b.img_mod(activated), b.txt_mod(activated)) for b in double_blocks),
+            single=tuple(b.modulation(activated) for b in single_blocks),
+            final=self.final_layer.adaLN_modulation[1](activated).unflatten(-1, (2, 1, -1)),
         )
 
     def forward(self, x: Tensor, call: int, statics: FluxStatics) -> Tensor:
         """Velocity at call number `call`. x (B, Li, in_channels) -> (B, Li, out_channels), in the weights' dtype."""
         img, txt = self.img_in(x.to(self.dtype)), statics.txt
         cos, sin = statics.cos, statics.sin
-        for block, (img_mod, txt_mod) in zip(
-            self.double_blocks, statics.double, strict=True
-        ):
+        for block, (img_mod, txt_mod) in zip(self.double_blocks, statics.double, strict=True):
             img, txt = block(img, txt, img_mod[call], txt_mod[call], cos, sin)
         joined = torch.cat((txt, img), dim=1)  # (B, Lt + Li, D)
         for block, mod in zip(self.single_blocks, statics.single, strict=True):

@@ -60,8 +60,7 @@ class AttnBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm(x)
         q, k, v = (
-            layer(normed).flatten(2).transpose(1, 2).unsqueeze(1).contiguous()
-            for layer in (self.q, self.k, self.v)
+            layer(normed).flatten(2).transpose(1, 2).unsqueeze(1).contiguous() for layer in (self.q, self.k, self.v)
         )  # each (B, 1, h w, C)
         mixed = attention(q, k, v).squeeze(1).transpose(1, 2).reshape(x.shape)
         return x + self.proj_out(mixed)
@@ -99,13 +98,9 @@ class Middle(nn.Module):
 class Level(nn.Module):
     """The blocks of one resolution, and the step to the next one."""
 
-    def __init__(
-        self, widths: list[int], groups: int, *, down: bool = False, up: bool = False
-    ) -> None:
+    def __init__(self, widths: list[int], groups: int, *, down: bool = False, up: bool = False) -> None:
         super().__init__()
-        self.block = nn.ModuleList(
-            ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:], strict=False)
-        )
+        self.block = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:], strict=False))
         if down:
             self.downsample = Downsample(widths[-1])
         if up:
@@ -181,12 +176,8 @@ class AutoEncoder(nn.Module):
         self.encoder = Encoder(params)
         self.decoder = Decoder(params)
         if params.quant_conv:
-            self.quant_conv = nn.Conv2d(
-                2 * params.latent_channels, 2 * params.latent_channels, 1
-            )
-            self.post_quant_conv = nn.Conv2d(
-                params.latent_channels, params.latent_channels, 1
-            )
+            self.quant_conv = nn.Conv2d(2 * params.latent_channels, 2 * params.latent_channels, 1)
+            self.post_quant_conv = nn.Conv2d(params.latent_channels, params.latent_channels, 1)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -41,9 +41,7 @@ class Input:
             listed = ", ".join(f"'{choice}'" for choice in self.choices[:-1])
             raise ValueError(f"Input should be {listed} or '{self.choices[-1]}'")
         if self.ge is not None and checked < self.ge:
-            raise ValueError(
-                f"Input should be greater than or equal to {self.ge:g}"
-            )
+            raise ValueError(f"Input should be greater than or equal to {self.ge:g}")
         if self.le is not None and checked > self.le:
             raise ValueError(f"Input should be less than or equal to {self.le:g}")
         return checked
@@ -89,9 +87,7 @@ class InvalidInput(InvalidRequest):
             {
                 "loc": ["body", "input", name],
                 "msg": message,
-                "type": "value_error.missing"
-                if message == "Field required"
-                else "value_error",
+                "type": "value_error.missing" if message == "Field required" else "value_error",
             }
             for name, message in problems.items()
         ]
@@ -130,9 +126,7 @@ class Schema:
         known = {one.name for one in self.inputs}
         for name in given:
             if name not in known:
-                problems[name] = (
-                    f"Unexpected input; {self.name} takes {', '.join(one.name for one in self.inputs)}"
-                )
+                problems[name] = f"Unexpected input; {self.name} takes {', '.join(one.name for one in self.inputs)}"
         if problems:
             raise InvalidInput(problems)
         return values
@@ -154,10 +148,7 @@ class Schema:
                 "title": "Input",
                 "type": "object",
                 "required": [one.name for one in self.inputs if one.required],
-                "properties": {
-                    one.name: one.openapi(order)
-                    for order, one in enumerate(self.inputs)
-                },
+                "properties": {one.name: one.openapi(order) for order, one in enumerate(self.inputs)},
             },
             "Output": {
                 "title": "Output",
@@ -192,20 +183,10 @@ class Schema:
                 "enum": ["starting", "processing", "succeeded", "canceled", "failed"],
             },
         }
-        body = {
-            "content": {
-                "application/json": {
-                    "schema": {"$ref": "#/components/schemas/PredictionRequest"}
-                }
-            }
-        }
+        body = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/PredictionRequest"}}}}
         answer = {
             "description": "Successful Response",
-            "content": {
-                "application/json": {
-                    "schema": {"$ref": "#/components/schemas/PredictionResponse"}
-                }
-            },
+            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/PredictionResponse"}}},
         }
         return {
             "openapi": "3.0.2",

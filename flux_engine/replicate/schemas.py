@@ -102,9 +102,7 @@ FLUX_SCHNELL = Schema(
     ),
 )
 
-SCHEMAS: Mapping[str, Schema] = MappingProxyType(
-    {schema.name: schema for schema in (FLUX_SCHNELL,)}
-)
+SCHEMAS: Mapping[str, Schema] = MappingProxyType({schema.name: schema for schema in (FLUX_SCHNELL,)})
 
 
 def find_schema(name: str) -> Schema:

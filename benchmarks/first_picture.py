@@ -1,0 +1,91 @@
+"""From the start of a process to its first picture: flux-engine against diffusers' FluxPipeline, same weights.
+
+    python -m benchmarks.first_picture [--model demo-schnell] [--repeats 7] [--dtype bfloat16]
+
+Both make one picture of the same size in the same number of steps and dtype, from files on disk. `import` runs from
+the start of the interpreter until everything needed is imported; `load` reads the model; `picture` is the request.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks import harness
+
+PROMPT = "a large red circle on a blue background"
+
+COMMON = """
+import json, resource, sys, time
+from flux_engine.cli import _since_process_start as now
+prompt, place, dtype, steps, side, length = sys.argv[1:7]
+steps, side, length = int(steps), int(side), int(length)
+def finish(**seconds):
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({**seconds, "start to picture": now(), "peak MB": peak}))
+"""
+OURS = (
+    COMMON
+    + """
+from flux_engine.engine import load
+imported = now()
+began = time.perf_counter(); engine = load(place, device="cpu", dtype=dtype); loaded = time.perf_counter() - began
+began = time.perf_counter()
+image = engine(prompt, seed=0, num_inference_steps=steps, width=side, height=side).image
+finish(**{"import": imported, "load": loaded, "picture": time.perf_counter() - began})
+"""
+)
+THEIRS = (
+    COMMON
+    + """
+import torch
+from diffusers import FluxPipeline
+import transformers
+transformers.CLIPTextModel, transformers.T5EncoderModel
+imported = now()
+began = time.perf_counter()
+pipe = FluxPipeline.from_pretrained(place, torch_dtype=getattr(torch, dtype))
+pipe.set_progress_bar_config(disable=True)
+loaded = time.perf_counter() - began
+began = time.perf_counter()
+image = pipe(prompt, width=side, height=side, num_inference_steps=steps, guidance_scale=0.0,
+             max_sequence_length=length, generator=torch.Generator("cpu").manual_seed(0)).images[0]
+finish(**{"import": imported, "load": loaded, "picture": time.perf_counter() - began})
+"""
+)
+
+
+def main() -> None:
+    """Export the model, run both in turn, print the table and the JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo-schnell")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--dtype", default="bfloat16")
+    args = parser.parse_args()
+
+    from flux_engine import hub, load
+    from flux_engine.checkpoints.export import export_flux_pipeline
+
+    engine = load(args.model, device="cpu", dtype=args.dtype)
+    spec, family = engine.spec, engine._pipeline.family
+    parts = hub.find(args.model).parts()
+    text = {name: parts[name] for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")}
+    side, _ = spec.sizes.named("1:1")
+    shared = [args.dtype, str(spec.num_inference_steps), str(side), str(spec.max_sequence_length)]
+    with tempfile.TemporaryDirectory() as folder:
+        export_flux_pipeline(Path(folder), family.net, family.vae, spec.schedule, text)
+        runs = harness.interleave(
+            {
+                "flux-engine": [sys.executable, "-c", OURS, PROMPT, args.model, *shared],
+                "diffusers": [sys.executable, "-c", THEIRS, PROMPT, folder, *shared],
+            },
+            repeats=args.repeats,
+            environment={"HF_HUB_OFFLINE": "1"},
+        )
+    harness.report("first_picture", runs, "diffusers")
+
+
+if __name__ == "__main__":
+    main()

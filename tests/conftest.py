@@ -1,0 +1,53 @@
+"""Small networks with random weights in which every part matters, and the shipped demo model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+import flux_engine
+from flux_engine.engine import Engine
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def engine() -> Engine:
+    """The demo model in float32, shared by all tests: an engine keeps nothing of a request."""
+    return flux_engine.load("demo-schnell", device="cpu", dtype="float32")
+
+
+@pytest.fixture
+def meta_device() -> Iterator[None]:
+    with torch.device("meta"):
+        yield
+
+
+def randomise(module: nn.Module, seed: int) -> nn.Module:
+    """Weights that keep activations near 1 and every modulation, gate and bias away from 0."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            fan_in = parameter[0].numel() if parameter.dim() > 1 else 0
+            noise = torch.randn(parameter.shape, generator=generator)
+            if fan_in:
+                parameter.copy_(noise / fan_in**0.5)
+            else:
+                parameter.copy_(parameter + 0.2 * noise)
+    return module.eval().requires_grad_(False)
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    """max|a - b| / max|b|."""
+    return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
+
+
+def latent_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Relative L2 of two latents."""
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()

@@ -1,0 +1,173 @@
+"""Our networks against diffusers', on the same weights, in float32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import randomise, relative_error
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+
+from flux_engine.checkpoints import export
+from flux_engine.families import image_ids, patchify, unpatchify
+from flux_engine.models.flux import Flux
+from flux_engine.models.vae import AutoEncoder
+from flux_engine.specs import FluxParams, VAEParams
+
+TOLERANCE = 1e-5
+
+FLUX_CONFIGS = {
+    "schnell-like": FluxParams(
+        hidden_size=64, num_heads=2, axes_dim=(4, 14, 14), depth=2, depth_single_blocks=3,
+        vec_in_dim=24, context_in_dim=40,
+    ),
+    "dev-like": FluxParams(
+        hidden_size=96, num_heads=2, axes_dim=(6, 20, 22), depth=1, depth_single_blocks=1,
+        vec_in_dim=32, context_in_dim=32, guidance_embed=True,
+    ),
+    "fill-like": FluxParams(
+        hidden_size=128, num_heads=1, depth=1, depth_single_blocks=2, in_channels=384,
+        vec_in_dim=16, context_in_dim=64, guidance_embed=True,
+    ),
+    "true head width": FluxParams(
+        hidden_size=256, num_heads=2, depth=2, depth_single_blocks=2, vec_in_dim=768, context_in_dim=128,
+    ),
+}  # fmt: skip
+
+
+def flux_pair(params: FluxParams) -> tuple[Flux, FluxTransformer2DModel]:
+    ours = Flux(params)
+    randomise(ours, 1)
+    config = export.flux_config(params)
+    del config["_class_name"]
+    theirs = FluxTransformer2DModel(**config)
+    theirs.load_state_dict(export.flux_tensors(ours), strict=True)
+    return ours, theirs.eval()
+
+
+@pytest.mark.parametrize("name", FLUX_CONFIGS)
+def test_flux_agrees_with_diffusers(name: str) -> None:
+    params = FLUX_CONFIGS[name]
+    ours, theirs = flux_pair(params)
+    torch.manual_seed(2)
+    batch, rows, columns, length = 2, 5, 3, 7
+    x = torch.randn(batch, rows * columns, params.in_channels)
+    context = torch.randn(batch, length, params.context_in_dim)
+    pooled = torch.randn(batch, params.vec_in_dim)
+    ids = image_ids(rows, columns)
+    guidance = torch.tensor([3.5, 1.0]) if params.guidance_embed else None
+    times = torch.tensor([1.0, 0.6, 0.03])
+    with torch.inference_mode():
+        statics = ours.precompute(context, pooled, ids, times, guidance)
+        for call, t in enumerate(times):
+            mine = ours(x, call, statics)
+            reference = theirs(
+                hidden_states=x,
+                encoder_hidden_states=context,
+                pooled_projections=pooled,
+                timestep=t.expand(batch),
+                img_ids=ids,
+                txt_ids=torch.zeros(length, 3),
+                guidance=guidance,
+                return_dict=False,
+            )[0]
+            assert mine.shape == (batch, rows * columns, params.out_channels)
+            assert relative_error(mine, reference) <= TOLERANCE
+        # Negative control: what the prompt and the time say reaches the output.
+        other = ours.precompute(context.flip(1) * 2, pooled, ids, times, guidance)
+        assert relative_error(ours(x, 0, other), ours(x, 0, statics)) > 1e-2
+        assert relative_error(ours(x, 1, statics), ours(x, 0, statics)) > 1e-2
+
+
+@pytest.mark.parametrize("name", FLUX_CONFIGS)
+def test_widths_and_depths_are_read_off_the_checkpoint(name: str) -> None:
+    params = FLUX_CONFIGS[name]
+    if name == "dev-like":
+        pytest.skip("its axes are split unlike any published model's, on purpose")
+    with torch.device("meta"):
+        shapes = {k: tuple(v.shape) for k, v in Flux(params).state_dict().items()}
+    assert FluxParams.from_shapes(shapes) == params
+
+
+@pytest.mark.parametrize(
+    ("params", "tensors", "parameters"),
+    [
+        (FluxParams(), 776, 11_891_178_560),
+        (FluxParams(guidance_embed=True), 780, 11_901_408_320),
+        (FluxParams(guidance_embed=True, in_channels=128), 780, 11_901_604_928),
+        (FluxParams(guidance_embed=True, in_channels=384), 780, 11_902_391_360),
+    ],
+)
+def test_published_flux_has_its_published_size(params: FluxParams, tensors: int, parameters: int) -> None:
+    with torch.device("meta"):
+        state = Flux(params).state_dict()
+    assert len(state) == tensors
+    assert sum(v.numel() for v in state.values()) == parameters
+
+
+def test_float16_stays_finite_where_the_residual_stream_overflows() -> None:
+    params = FLUX_CONFIGS["schnell-like"]
+    ours = Flux(params)
+    randomise(ours, 1)
+    with torch.no_grad():
+        for block in ours.double_blocks:
+            block.img_mlp[2].bias.fill_(60_000.0)
+            block.txt_mlp[2].bias.fill_(60_000.0)
+        for block in ours.single_blocks:
+            block.linear2.bias.fill_(60_000.0)
+    inputs = (torch.randn(1, 4, 40), torch.randn(1, 24), image_ids(2, 2), torch.tensor([1.0]), None)
+    x = torch.randn(1, 4, 64)
+    wide = ours.precompute(*inputs)
+    stream, _ = ours.double_blocks[0](ours.img_in(x), wide.txt, *(m[0] for m in wide.double[0]), wide.cos, wide.sin)
+    assert stream.abs().max() * 2 > 65504  # the test bites: two blocks leave float16's range
+    half = ours.half()
+    out = half(x.half(), 0, half.precompute(*inputs))
+    assert out.dtype == torch.float16
+    assert out.isfinite().all()
+
+
+VAE_CONFIGS = {
+    "flux-like": VAEParams(channels=16, channel_multipliers=(1, 2, 4, 4), norm_groups=8),
+    "sdxl-like": VAEParams(
+        channels=32, channel_multipliers=(1, 2, 4, 4), latent_channels=4, norm_groups=32,
+        scaling_factor=0.13025, shift_factor=0.0, quant_conv=True,
+    ),
+    "three levels": VAEParams(channels=8, channel_multipliers=(1, 3, 3), num_res_blocks=1, norm_groups=4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VAE_CONFIGS)
+def test_vae_agrees_with_diffusers(name: str) -> None:
+    params = VAE_CONFIGS[name]
+    ours = AutoEncoder(params)
+    randomise(ours, 3)
+    config = export.vae_config(params)
+    del config["_class_name"]
+    theirs = AutoencoderKL(**config).eval()
+    theirs.load_state_dict(export.vae_tensors(ours), strict=True)
+    torch.manual_seed(4)
+    picture = torch.rand(2, 3, 40, 24) * 2 - 1
+    with torch.inference_mode():
+        mean = theirs.encode(picture).latent_dist.mean
+        shift = params.shift_factor
+        latent = params.scaling_factor * (mean - shift)
+        assert relative_error(ours.encode(picture), latent) <= TOLERANCE
+        reference = theirs.decode(latent / params.scaling_factor + shift).sample
+        assert relative_error(ours.decode(latent), reference) <= TOLERANCE
+        assert relative_error(ours.decode(latent.flip(0)), reference) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("params", "tensors"),
+    [(VAEParams(), 244), (VAEParams(latent_channels=4, quant_conv=True), 248)],
+)
+def test_published_vae_has_its_published_tensors(params: VAEParams, tensors: int) -> None:
+    with torch.device("meta"):
+        state = AutoEncoder(params).state_dict()
+    assert len(state) == tensors
+    assert state["decoder.up.1.block.0.nin_shortcut.weight"].shape == (256, 512, 1, 1)
+    assert state["encoder.conv_out.weight"].shape == (2 * params.latent_channels, 512, 3, 3)
+
+
+def test_patches_go_there_and_back() -> None:
+    latent = torch.randn(2, 16, 6, 10)
+    assert torch.equal(unpatchify(patchify(latent), 6, 10), latent)

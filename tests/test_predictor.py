@@ -1,0 +1,181 @@
+"""The flux-schnell schema: its published shape, its validation, and what a prediction does."""
+
+from __future__ import annotations
+
+import re
+import threading
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from flux_engine import Predictor, RequestCancelled, UnknownModel, UnknownSchema
+from flux_engine.replicate.schema import InvalidInput
+from flux_engine.replicate.schemas import FLUX_SCHNELL, find_schema
+
+PUBLISHED = [  # name, type, default, minimum, maximum, choices: as the hosted model shows them
+    ("prompt", "string", None, None, None, None),
+    ("aspect_ratio", None, "1:1", None, None,
+     ["1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3", "9:16", "9:21"]),
+    ("num_outputs", "integer", 1, 1, 4, None),
+    ("num_inference_steps", "integer", 4, 1, 4, None),
+    ("seed", "integer", None, None, None, None),
+    ("output_format", None, "webp", None, None, ["webp", "jpg", "png"]),
+    ("output_quality", "integer", 80, 0, 100, None),
+    ("disable_safety_checker", "boolean", False, None, None, None),
+    ("go_fast", "boolean", True, None, None, None),
+    ("megapixels", None, "1", None, None, ["1", "0.25"]),
+]  # fmt: skip
+PROGRESS = re.compile(r"^\s*(\d+)%\s*\|.+?\|\s*(\d+)\/(\d+)")
+"""What the official clients look for in a line of the log."""
+
+
+def test_openapi_is_the_published_one() -> None:
+    schemas = FLUX_SCHNELL.openapi()["components"]["schemas"]
+    properties = schemas["Input"]["properties"]
+    assert schemas["Input"]["required"] == ["prompt"]
+    assert [p["x-order"] for p in properties.values()] == list(range(len(PUBLISHED)))
+    for name, kind, default, low, high, choices in PUBLISHED:
+        found = properties[name]
+        assert found.get("type") == kind
+        assert found.get("default") == default
+        assert (found.get("minimum"), found.get("maximum")) == (low, high)
+        assert found["description"]
+        if choices:
+            assert found["allOf"] == [{"$ref": f"#/components/schemas/{name}"}]
+            assert schemas[name]["enum"] == choices
+    assert list(properties) == [row[0] for row in PUBLISHED]
+    assert schemas["Output"]["items"] == {"type": "string", "format": "uri"}
+
+
+def test_every_reference_resolves() -> None:
+    document = FLUX_SCHNELL.openapi()
+    text = str(document)
+    for name in re.findall(r"#/components/schemas/(\w+)", text):
+        assert name in document["components"]["schemas"]
+
+
+def test_defaults_and_nulls() -> None:
+    values = FLUX_SCHNELL.validate({"prompt": "x", "seed": None})
+    assert values["seed"] is None
+    assert values["num_outputs"] == 1
+    assert FLUX_SCHNELL.validate({"prompt": "x", "seed": 0})["seed"] == 0
+    assert FLUX_SCHNELL.validate({"prompt": "x", "num_outputs": 2.0})["num_outputs"] == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "message"),
+    [
+        ({}, "prompt", "Field required"),
+        ({"prompt": None}, "prompt", "valid string"),
+        ({"prompt": 3}, "prompt", "valid string"),
+        ({"prompt": "x", "num_outputs": 5}, "num_outputs", "less than or equal to 4"),
+        ({"prompt": "x", "num_outputs": 0}, "num_outputs", "greater than or equal to 1"),
+        ({"prompt": "x", "num_outputs": None}, "num_outputs", "valid integer"),
+        ({"prompt": "x", "num_outputs": True}, "num_outputs", "valid integer"),
+        ({"prompt": "x", "num_outputs": 1.5}, "num_outputs", "valid integer"),
+        ({"prompt": "x", "seed": float("nan")}, "seed", "valid integer"),
+        ({"prompt": "x", "seed": float("inf")}, "seed", "valid integer"),
+        ({"prompt": "x", "go_fast": "yes"}, "go_fast", "valid boolean"),
+        ({"prompt": "x", "aspect_ratio": "1:2"}, "aspect_ratio", "'9:16' or '9:21'"),
+        ({"prompt": "x", "megapixels": 1}, "megapixels", "valid string"),
+        ({"prompt": "x", "guidance": 3}, "guidance", "Unexpected input"),
+    ],
+)
+def test_bad_input_is_refused(given: dict[str, object], name: str, message: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        FLUX_SCHNELL.validate(given)
+    assert caught.value.detail[0]["loc"] == ["body", "input", name]
+    assert message in caught.value.detail[0]["msg"]
+
+
+def test_all_problems_are_listed_at_once() -> None:
+    with pytest.raises(InvalidInput) as caught:
+        FLUX_SCHNELL.validate({"num_outputs": 9, "seed": "x"})
+    assert [d["loc"][-1] for d in caught.value.detail] == ["prompt", "num_outputs", "seed"]
+
+
+@pytest.fixture(scope="module")
+def lines() -> list[str]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def predictor(lines: list[str], tmp_path_factory: pytest.TempPathFactory) -> Predictor:
+    made = Predictor(
+        "flux-schnell", model="demo-schnell", device="cpu", output_dir=tmp_path_factory.mktemp("out"), say=lines.append
+    )
+    made.setup()
+    return made
+
+
+def test_prediction(predictor: Predictor, lines: list[str]) -> None:
+    lines.clear()
+    paths = predictor.predict(prompt="a red circle", seed=0, num_outputs=2, megapixels="0.25")
+    assert [p.name for p in paths] == ["out-0.webp", "out-1.webp"]
+    for path in paths:
+        with Image.open(path) as image:
+            assert image.format == "WEBP"
+            assert image.size == (128, 128)
+            assert not image.getexif()  # hosted pictures carry no metadata
+    assert lines[0] == "Using seed: 0"
+    progress = [PROGRESS.match(line) for line in lines]
+    assert [m.groups() for m in progress if m] == [
+        ("25", "1", "4"), ("50", "2", "4"), ("75", "3", "4"), ("100", "4", "4"),
+    ]  # fmt: skip
+    assert any("unchecked" in line for line in lines)
+
+
+def test_two_predictions_do_not_meet(predictor: Predictor) -> None:
+    first = predictor.predict(prompt="a red circle", seed=0, num_inference_steps=1, output_format="png")
+    second = predictor.predict(prompt="a blue star", seed=0, num_inference_steps=1, output_format="png")
+    assert first[0] != second[0]
+    assert first[0].read_bytes() != second[0].read_bytes()
+
+
+def test_the_same_seed_gives_the_same_file(predictor: Predictor) -> None:
+    one, two = (predictor.predict(prompt="a red circle", seed=5, output_format="png")[0] for _ in range(2))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_a_drawn_seed_can_be_used_again(predictor: Predictor, lines: list[str]) -> None:
+    lines.clear()
+    path = predictor.predict(prompt="a red circle", output_format="png")[0]
+    seed = int(lines[0].removeprefix("Using seed: "))
+    assert predictor.predict(prompt="a red circle", seed=seed, output_format="png")[0].read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["webp", "jpg"])
+def test_quality_matters(predictor: Predictor, kind: str) -> None:
+    sizes = [
+        predictor.predict(prompt="a red star", seed=0, output_format=kind, output_quality=quality)[0].stat().st_size
+        for quality in (0, 100)
+    ]
+    assert sizes[0] < sizes[1]
+
+
+def test_bad_input_does_no_work(predictor: Predictor, lines: list[str]) -> None:
+    lines.clear()
+    with pytest.raises(InvalidInput):
+        predictor.predict(prompt="x", num_outputs=0)
+    assert lines == []
+
+
+def test_cancelled(predictor: Predictor) -> None:
+    cancel = threading.Event()
+    cancel.set()
+    with pytest.raises(RequestCancelled):
+        predictor.predict(prompt="a red circle", cancel=cancel)
+    assert predictor.predict(prompt="a red circle", seed=0)[0].exists()
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(UnknownSchema, match="did you mean 'flux-schnell'"):
+        find_schema("flux-schnel")
+    with pytest.raises(UnknownModel):
+        Predictor("flux-schnell", model="nothing")
+
+
+def test_setup_happens_on_the_first_prediction(tmp_path: Path) -> None:
+    predictor = Predictor("flux-schnell", model="demo-schnell", output_dir=tmp_path / "deep" / "er", say=lambda _: None)
+    assert predictor.predict(prompt="x", num_inference_steps=1)[0].parent.parent == tmp_path / "deep" / "er"

@@ -1,0 +1,136 @@
+"""Rules about the code itself: who imports whom, what is public, what an import costs."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import flux_engine
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "flux_engine"
+
+LEVELS = {
+    "errors": 0,
+    "specs": 0.1,
+    "config": 0.1,
+    "request": 0.2,
+    "files": 1,
+    "images": 1.1,
+    "hardware": 1,
+    "ops": 1,
+    "attention": 1,
+    "models": 2,
+    "result": 2,
+    "checkpoints": 3,
+    "hub": 3,
+    "schedulers": 3,
+    "text": 3.1,
+    "families": 4,
+    "pipeline": 5,
+    "engine": 6,
+    "replicate": 7,
+    "predictor": 7.1,
+    "cli": 8,
+}
+"""Module or package -> level. A module imports lower levels, or its own package. Tenths order a level inside."""
+
+
+def modules() -> list[Path]:
+    return sorted(p for p in PACKAGE.rglob("*.py") if p.parent != PACKAGE or p.name != "__init__.py")
+
+
+def unit(name: str) -> str:
+    """flux_engine.models.flux -> models."""
+    return name.split(".")[1]
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Full names of the flux_engine modules a file imports, also inside functions."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, "relative imports hide where a name comes from"
+            if node.module == "flux_engine":
+                names |= {f"flux_engine.{alias.name}" for alias in node.names}
+            else:
+                names.add(node.module)
+    return names
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_imports_go_down(path: Path) -> None:
+    source = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    here = unit(source)
+    assert here in LEVELS, f"{here} has no level: add it to LEVELS"
+    for name in imported(ast.parse(path.read_text())):
+        top = name.split(".")[0]
+        assert top not in {"benchmarks", "tests", "scripts"}, f"{source} imports {name}"
+        if not name.startswith("flux_engine.") or name == "flux_engine.__version__":
+            continue
+        there = unit(name)
+        assert there == here or LEVELS[there] < LEVELS[here], f"{source} imports {name}, which is not below it"
+
+
+def test_kernels_import_nothing_of_the_library() -> None:
+    for path in (ROOT / "kernels").rglob("*.py"):
+        names = {name.split(".")[0] for name in imported(ast.parse(path.read_text()))}
+        assert "flux_engine" not in names, path
+    assert not (ROOT / "kernels" / "__init__.py").exists(), "`kernels` is the name of a Hugging Face package"
+
+
+def test_public_names_are_listed_and_there() -> None:
+    for name in flux_engine.__all__:
+        assert getattr(flux_engine, name) is not None
+    assert sorted(flux_engine.__all__) == dir(flux_engine)
+    errors = importlib.import_module("flux_engine.errors")
+    assert set(errors.__all__) <= set(flux_engine.__all__)
+    with pytest.raises(AttributeError):
+        _ = flux_engine.nonsense
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    return done.stdout.strip()
+
+
+def test_import_is_light() -> None:
+    heavy = ("torch", "transformers", "diffusers", "triton", "numpy", "PIL")
+    code = f"import flux_engine, sys; print([m for m in {heavy!r} if m in sys.modules])"
+    assert run(code) == "[]"
+
+
+def test_import_changes_nothing() -> None:
+    code = (
+        "import os, threading; before = dict(os.environ), os.getcwd(), threading.active_count();"
+        "import flux_engine; print(before == (dict(os.environ), os.getcwd(), threading.active_count()))"
+    )
+    assert run(code) == "True"
+
+
+def test_a_flux_request_never_imports_diffusers() -> None:
+    code = (
+        "import flux_engine, sys;"
+        "flux_engine.load('demo-schnell', device='cpu')('a red circle', seed=0, num_inference_steps=1);"
+        "print('diffusers' in sys.modules)"
+    )
+    assert run(code) == "False"
+
+
+def test_only_config_reads_the_environment() -> None:
+    for path in modules():
+        if path.name != "config.py":
+            assert not re.search(r"\b(environ|getenv)\b", path.read_text()), path
+
+
+def test_source_files_stay_readable() -> None:
+    for path in modules():
+        assert len(path.read_text().splitlines()) <= 420, f"{path} is long: split it"

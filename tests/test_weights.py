@@ -1,0 +1,167 @@
+"""Weight files: hostile, truncated, altered or of another shape are refused by name; nothing is loaded in part."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import flux_engine
+from flux_engine import WeightsError, hub
+from flux_engine.checkpoints.keys import FLUX_DIFFUSERS, to_theirs
+from flux_engine.checkpoints.load import load_module
+from flux_engine.checkpoints.source import WeightSource
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The demo model's files, to be damaged, reached through FLUX_ENGINE_WEIGHTS."""
+    source = hub.weights_folder()
+    for name in ("manifests", "demo"):
+        shutil.copytree(source / name, tmp_path / name)
+    monkeypatch.setenv("FLUX_ENGINE_WEIGHTS", str(tmp_path))
+    return tmp_path
+
+
+def transformer(root: Path) -> Path:
+    return root / "demo" / "demo-schnell" / "transformer.safetensors"
+
+
+def sign(root: Path) -> None:
+    """Make the manifest agree with a changed transformer, so that the reader itself is tested."""
+    manifest = root / "manifests" / "demo-schnell.toml"
+    path, text = transformer(root), manifest.read_text()
+    known = hub.find("demo-schnell").files["transformer"]
+    import hashlib
+
+    text = text.replace(f"bytes = {known.bytes}", f"bytes = {path.stat().st_size}", 1)
+    text = text.replace(known.sha256, hashlib.sha256(path.read_bytes()).hexdigest())
+    manifest.write_text(text)
+
+
+def test_a_copy_elsewhere_loads(copy: Path) -> None:
+    engine = flux_engine.load("demo-schnell", device="cpu")
+    assert engine("a red circle", seed=0, num_inference_steps=1).image.size == (256, 256)
+
+
+def test_missing_file(copy: Path) -> None:
+    transformer(copy).unlink()
+    with pytest.raises(WeightsError, match="transformer is missing"):
+        flux_engine.load("demo-schnell")
+
+
+def test_truncated_file(copy: Path) -> None:
+    path = transformer(copy)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(WeightsError, match="bytes, not"):
+        flux_engine.load("demo-schnell")
+    sign(copy)
+    with pytest.raises(WeightsError, match="not a whole safetensors file"):
+        flux_engine.load("demo-schnell")
+
+
+def test_altered_file(copy: Path) -> None:
+    path = transformer(copy)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(WeightsError, match="it was altered"):
+        flux_engine.load("demo-schnell")
+
+
+def test_tensors_missing_left_over_or_misshapen_are_listed(copy: Path) -> None:
+    tensors = load_file(transformer(copy))
+    del tensors["txt_in.bias"]
+    tensors["img_in.bias"] = torch.zeros(7)
+    tensors["extra.weight"] = torch.zeros(1)
+    save_file(tensors, transformer(copy))
+    sign(copy)
+    with pytest.raises(WeightsError) as caught:
+        flux_engine.load("demo-schnell")
+    text = str(caught.value)
+    assert "1 missing: txt_in.bias" in text
+    assert "1 not known: extra.weight" in text
+    assert "img_in.bias is [7], not [128]" in text
+
+
+def test_another_network_is_refused(copy: Path) -> None:
+    save_file({"a.weight": torch.zeros(2, 2)}, transformer(copy))
+    sign(copy)
+    with pytest.raises(WeightsError, match=r"not a FLUX\.1 transformer"):
+        flux_engine.load("demo-schnell")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x80\x04pickle",
+        struct.pack("<Q", 2**62) + b"{}",
+        struct.pack("<Q", 2) + b"{}" + b"left over",
+        struct.pack("<Q", 100) + b'{"a": {"dtype": "F32"',
+    ],
+)
+def test_hostile_files_are_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(WeightsError, match=r"x\.safetensors"), WeightSource(path) as source:
+        source.rows("a")
+
+
+def test_offsets_past_the_end_are_refused(tmp_path: Path) -> None:
+    header = json.dumps({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 8)
+    with pytest.raises(WeightsError):
+        WeightSource(path)
+
+
+def test_rows_are_rows(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    whole = torch.arange(12, dtype=torch.float32).reshape(4, 3)
+    save_file({"a": whole}, path)
+    with WeightSource(path) as source:
+        assert torch.equal(source.rows("a"), whole)
+        assert torch.equal(source.rows("a", 1, 3), whole[1:3])
+        assert source.rows("a", dtype=torch.bfloat16).dtype == torch.bfloat16
+        with pytest.raises(WeightsError, match="no tensor 'b'"):
+            source.rows("b")
+
+
+def test_loading_fills_every_tensor_and_freezes_it(tmp_path: Path) -> None:
+    original = nn.Linear(3, 2)
+    path = tmp_path / "x.safetensors"
+    save_file(original.state_dict(), path)
+    with WeightSource(path) as source:
+        loaded = load_module(lambda: nn.Linear(3, 2), source, dtype=torch.float32, device=CPU)
+    assert torch.equal(loaded.weight, original.weight)
+    assert not loaded.weight.requires_grad
+
+
+def test_a_name_no_entry_matches_is_an_error() -> None:
+    with pytest.raises(WeightsError, match=r"strange\.weight"):
+        to_theirs({"strange.weight": torch.zeros(1)}, FLUX_DIFFUSERS)
+
+
+@pytest.mark.parametrize("text", ["", "spec = 3", "[files", 'spec = "x"\nfiles = 1'])
+def test_broken_manifests_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    (tmp_path / "manifests").mkdir()
+    (tmp_path / "manifests" / "broken.toml").write_text(text)
+    monkeypatch.setenv("FLUX_ENGINE_WEIGHTS", str(tmp_path))
+    with pytest.raises(WeightsError, match=r"broken\.toml is not a manifest"):
+        flux_engine.load("demo-schnell")
+
+
+def test_an_unknown_spec_is_refused(copy: Path) -> None:
+    manifest = copy / "manifests" / "demo-schnell.toml"
+    manifest.write_text(manifest.read_text().replace('spec = "demo-schnell"', 'spec = "flux-9"'))
+    with pytest.raises(WeightsError, match="flux-9"):
+        flux_engine.load("demo-schnell")
