@@ -16,10 +16,10 @@ from typing import Any
 
 from flux_engine import __version__, files, hub
 from flux_engine.config import DTYPES, EngineConfig
-from flux_engine.errors import FluxEngineError, InvalidRequest, WeightsError
+from flux_engine.errors import FluxEngineError, InvalidRequest
 from flux_engine.replicate.schemas import SCHEMAS, find_schema
 from flux_engine.request import Request
-from flux_engine.specs import MEGAPIXELS, PUBLISHED_SIZES, SPECS
+from flux_engine.specs import MEGAPIXELS, PUBLISHED_SIZES
 
 DEFAULT_MODEL = "demo-schnell"
 _IMPORTED = time.perf_counter()
@@ -113,13 +113,14 @@ def _generate(args: argparse.Namespace) -> None:
     )
     config = EngineConfig.from_environment(device=args.device, dtype=args.dtype)
     manifest = hub.find(args.model, config.weights)
-    if manifest.spec not in SPECS:
-        raise WeightsError(f"{args.model}: unknown spec {manifest.spec!r}")
-    job = request.resolve(SPECS[manifest.spec])
-    kind = files.image_format(args.output or Path("out.png"), args.format)
+    job = request.resolve(manifest.model_spec())
+    kind = files.image_format(args.output or Path(), args.format)
     if not 0 <= args.quality <= 100:
         raise InvalidRequest(f"quality {args.quality} is outside 0 to 100")
-    paths = _paths(args.output or Path(f"out.{kind}"), len(job.seeds))
+    output = args.output or Path("out")
+    if not output.suffix and not output.is_dir():
+        output = output.with_name(f"{output.name}.{kind}")
+    paths = _paths(output, len(job.seeds))
     for path in paths:
         files.check_writable(path)
 

@@ -15,12 +15,12 @@ import torch
 
 from flux_engine import hardware, hub, images
 from flux_engine.config import EngineConfig
-from flux_engine.errors import InvalidRequest, OutOfMemory, WeightsError
+from flux_engine.errors import InvalidRequest, OutOfMemory
 from flux_engine.families import FluxFamily
 from flux_engine.pipeline import OnStep, Pipeline, check_cancelled
 from flux_engine.request import Job, Request
 from flux_engine.result import Result
-from flux_engine.specs import SPECS, ModelSpec
+from flux_engine.specs import ModelSpec
 
 log = logging.getLogger(__name__)
 
@@ -41,14 +41,13 @@ def load(
     config = EngineConfig.from_environment(device=device, dtype=dtype, embedding_cache=embedding_cache)
     began = time.perf_counter()
     manifest = hub.find(model, config.weights)
-    if manifest.spec not in SPECS:
-        raise WeightsError(f"{model}: its manifest names the spec {manifest.spec!r}; known are {', '.join(SPECS)}")
+    spec = manifest.model_spec()
     target = hardware.pick_device(config.device)
     compute = hardware.pick_dtype(config.dtype, target)
     manifest.verify()
     with _memory_errors(f"loading {model}"):
         family = FluxFamily.load(
-            dataclasses.replace(SPECS[manifest.spec], name=model),
+            spec,
             manifest.parts(),
             dtype=compute,
             device=target,
@@ -68,6 +67,7 @@ class Engine:
     def __init__(self, family: FluxFamily, *, load_seconds: float = 0.0) -> None:
         self._pipeline = Pipeline(family)
         self._lock = threading.Lock()
+        self._owner: int | None = None
         self.load_seconds = load_seconds
 
     @property
@@ -108,9 +108,9 @@ class Engine:
         thread may set; it is looked at between steps and while waiting for another request to end.
         Raises InvalidRequest before any work, RequestCancelled, or OutOfMemory.
         """
+        if not isinstance(request, Request):
+            raise InvalidRequest(f"run takes a Request, not a {type(request).__name__}: call the engine with a prompt")
         job = request.resolve(self.spec)
-        if job.strict:
-            self._refuse_long_prompts(job)
         with self._turn(cancel), _memory_errors(f"{job.width}x{job.height}"):
             output = self._pipeline.run(job, on_step=on_step, cancel=cancel)
         return Result(
@@ -144,24 +144,18 @@ class Engine:
             "load_seconds": round(self.load_seconds, 3),
         }
 
-    def _refuse_long_prompts(self, job: Job) -> None:
-        text = self._pipeline.family.text
-        for prompt in (*job.prompts, job.negative_prompt):
-            over = text.tokens_over(prompt)
-            if over:
-                raise InvalidRequest(
-                    f"strict: prompt is {over} tokens over the limit of {text.max_sequence_length}: {prompt[:40]!r}...",
-                    field="prompt",
-                )
-
     @contextmanager
     def _turn(self, cancel: threading.Event | None) -> Iterator[None]:
         """Hold the engine; give up waiting for it when cancelled."""
+        if self._owner == threading.get_ident():
+            raise InvalidRequest("a callback cannot run a request on the engine that is calling it: use another engine")
         while not self._lock.acquire(timeout=-1 if cancel is None else 0.05):
             check_cancelled(cancel)
         try:
+            self._owner = threading.get_ident()
             yield
         finally:
+            self._owner = None
             self._lock.release()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from flux_engine.checkpoints.load import load_module
 from flux_engine.checkpoints.source import WeightSource
@@ -79,6 +79,8 @@ class FluxFamily:
             net = load_module(lambda: Flux(params), source, dtype=dtype, device=device)
         with WeightSource(files["vae"]) as source:
             vae = load_module(lambda: AutoEncoder(spec.vae), source, dtype=dtype, device=device)
+        # Convolutions run up to twice as fast on channels last, on CPUs and on tensor cores.
+        nn.Module.to(vae, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         text = FluxTextEncoder.load(
             files,
             max_sequence_length=spec.max_sequence_length,

@@ -10,10 +10,11 @@ import difflib
 import hashlib
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flux_engine.errors import UnknownModel, WeightsError
+from flux_engine.specs import SPECS, ModelSpec
 
 PACKAGED = Path(__file__).parent / "weights"
 """Where a wheel carries `weights/`."""
@@ -45,6 +46,12 @@ class Manifest:
     @property
     def bytes(self) -> int:
         return sum(file.bytes for file in self.files.values())
+
+    def model_spec(self) -> ModelSpec:
+        """The spec, under this model's name. Raises WeightsError if the manifest names one that does not exist."""
+        if self.spec not in SPECS:
+            raise WeightsError(f"{self.name}: its manifest names the spec {self.spec!r}; known are {', '.join(SPECS)}")
+        return replace(SPECS[self.spec], name=self.name)
 
     def parts(self) -> dict[str, Path]:
         """Part -> its file or folder."""

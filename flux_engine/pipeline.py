@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from flux_engine import images
-from flux_engine.errors import RequestCancelled
+from flux_engine.errors import InvalidRequest, RequestCancelled
 from flux_engine.families import FluxFamily
 from flux_engine.request import Job
 from flux_engine.text import TextCond
@@ -113,13 +113,16 @@ class Pipeline:
         if job.true_cfg_scale != 1.0:
             prompts = [job.negative_prompt] * len(prompts) + prompts
         unique = list(dict.fromkeys(prompts))
-        text, cut = self.family.text.encode(unique)
-        limit = self.family.text.max_sequence_length
+        encoder = self.family.text
+        limit = encoder.max_sequence_length
         notes = [
             f"prompt cut to {limit} tokens, the last {over} are not read: {prompt[:40]!r}..."
-            for prompt, over in cut.items()
+            for prompt in unique
+            if (over := encoder.tokens_over(prompt))
         ]
-        return text, [unique.index(prompt) for prompt in prompts], notes
+        if job.strict and notes:
+            raise InvalidRequest("strict: " + "; ".join(notes), field="prompt")
+        return encoder.encode(unique), [unique.index(prompt) for prompt in prompts], notes
 
     @cached_property
     def _latent_rgb(self) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from flux_engine import files, hub, images
+from flux_engine.config import EngineConfig
 from flux_engine.engine import Engine, load
 from flux_engine.pipeline import Step
 from flux_engine.replicate.schemas import find_schema
@@ -52,7 +53,7 @@ class Predictor:
         """
         self.schema = find_schema(schema)
         self.model = model or schema
-        hub.find(self.model)
+        hub.find(self.model, EngineConfig.from_environment().weights)
         self.device, self.dtype = device, dtype
         self.output_dir = output_dir
         self.say = say

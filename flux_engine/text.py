@@ -62,7 +62,7 @@ class FluxTextEncoder:
         self.t5_tokenizer, self.t5 = t5_tokenizer, t5
         self.max_sequence_length = max_sequence_length
         self.cache_size = cache_size
-        self._cache: OrderedDict[str, tuple[TextCond, int]] = OrderedDict()
+        self._cache: OrderedDict[str, TextCond] = OrderedDict()
 
     @classmethod
     def load(
@@ -109,35 +109,27 @@ class FluxTextEncoder:
             cache_size=cache_size,
         )
 
-    def encode(self, prompts: Sequence[str]) -> tuple[TextCond, dict[str, int]]:
-        """Encode prompts of one batch.
-
-        Returns the conditioning, a row for each prompt, and for every prompt that is longer than T5's limit the
-        number of tokens that were cut.
-        """
-        rows: list[TextCond] = []
-        cut: dict[str, int] = {}
-        for prompt in prompts:
-            cond, over = self._lookup(prompt)
-            rows.append(cond)
-            if over:
-                cut[prompt] = over
-        return TextCond.cat(rows), cut
+    def encode(self, prompts: Sequence[str]) -> TextCond:
+        """Encode prompts, a row for each. What is over T5's limit is not read; `tokens_over` tells."""
+        return TextCond.cat([self._lookup(prompt) for prompt in prompts])
 
     def tokens_over(self, prompt: str) -> int:
-        """By how many T5 tokens a prompt is over the limit; 0 if it fits."""
+        """By how many T5 tokens a prompt is over the limit; 0 if it fits.
+
+        CLIP reads 77 tokens at most and adds only the pooled vector; what it leaves out is no loss to report.
+        """
         return max(0, len(self.t5_tokenizer(prompt).input_ids) - self.max_sequence_length)
 
-    def _lookup(self, prompt: str) -> tuple[TextCond, int]:
+    def _lookup(self, prompt: str) -> TextCond:
         if prompt in self._cache:
             self._cache.move_to_end(prompt)
             return self._cache[prompt]
-        entry = self._encode_one(prompt), self.tokens_over(prompt)
+        cond = self._encode_one(prompt)
         if self.cache_size:
-            self._cache[prompt] = entry
+            self._cache[prompt] = cond
             if len(self._cache) > self.cache_size:
                 self._cache.popitem(last=False)
-        return entry
+        return cond
 
     def _encode_one(self, prompt: str) -> TextCond:
         # CLIP reads from left to right, so padding behind the end-of-text token cannot change what is pooled there.

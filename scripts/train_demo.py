@@ -339,7 +339,7 @@ def train_schnell(args: argparse.Namespace) -> None:
     levels = [1.0, 0.75, 0.5, 0.25, 1.0, 1.0, 0.5, 2 / 3, 1 / 3, 1.0]
 
     def loss_of(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
-        small = run.step < args.small_steps or rng.random() < 0.3
+        small = run.step < args.small_steps or rng.random() < args.small_share
         side, count = (128, args.batch) if small else (256, args.batch // 2)
         pool, scenes = latents(side)
         picks = [rng.randrange(len(scenes)) for _ in range(count)]
@@ -456,6 +456,7 @@ def main() -> None:
     schnell = commands.add_parser("schnell")
     schnell.add_argument("--steps", type=int, default=4400)
     schnell.add_argument("--small-steps", type=int, default=2400, help="how many steps are at 128 px only")
+    schnell.add_argument("--small-share", type=float, default=0.3, help="share of steps at 128 px after that")
     schnell.add_argument("--batch", type=int, default=64)
     schnell.add_argument("--lr", type=float, default=1.2e-3)
     schnell.add_argument("--compile", action="store_true", help="a quarter faster after two minutes")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from flux_engine import cli
+from flux_engine import OutputError, cli, files
 from flux_engine.images import read_parameters
 
 
@@ -113,6 +114,25 @@ def test_output_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFix
         closed.mkdir(mode=0o500)
         assert cli.main(["generate", "x", "--output", str(closed / "a.png")]) == 1
         assert "cannot write" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, content: bytes) -> int:
+        self.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    old = tmp_path / "a.png"
+    old.write_bytes(b"old")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OutputError, match="No space left"):
+        files.write(old, b"new")
+    assert old.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [old]
+
+
+def test_output_without_an_ending_gets_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", "x", "--steps", "1", "--output", str(tmp_path / "pic"), "--format", "webp"]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "pic.webp")
 
 
 def test_models_info_and_schema(capsys: pytest.CaptureFixture[str]) -> None:

@@ -190,6 +190,17 @@ def test_a_failing_callback_leaves_the_engine_usable(engine: Engine) -> None:
     assert torch.equal(bits(engine, seed=1), before)
 
 
+def test_a_callback_cannot_wait_for_itself(engine: Engine) -> None:
+    with pytest.raises(InvalidRequest, match="callback"):
+        engine(PROMPT, on_step=lambda step: engine(OTHER))
+    assert engine(PROMPT, seed=0).image.size == (256, 256)
+
+
+def test_run_refuses_what_is_not_a_request(engine: Engine) -> None:
+    with pytest.raises(InvalidRequest, match="not a str"):
+        engine.run(PROMPT)  # pyright: ignore[reportArgumentType]
+
+
 def test_out_of_memory_is_typed_and_leaves_the_engine_usable(engine: Engine) -> None:
     def fail(step: Step) -> None:
         torch.empty(2**60)  # what torch itself says when memory runs out

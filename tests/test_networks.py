@@ -6,12 +6,14 @@ import pytest
 import torch
 from conftest import randomise, relative_error
 from diffusers import AutoencoderKL, FluxTransformer2DModel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux_engine.checkpoints import export
 from flux_engine.families import image_ids, patchify, unpatchify
 from flux_engine.models.flux import Flux
 from flux_engine.models.vae import AutoEncoder
-from flux_engine.specs import FluxParams, VAEParams
+from flux_engine.schedulers import flow_match_euler
+from flux_engine.specs import FLUX_DEV, FluxParams, VAEParams
 
 TOLERANCE = 1e-5
 
@@ -171,3 +173,30 @@ def test_published_vae_has_its_published_tensors(params: VAEParams, tensors: int
 def test_patches_go_there_and_back() -> None:
     latent = torch.randn(2, 16, 6, 10)
     assert torch.equal(unpatchify(patchify(latent), 6, 10), latent)
+
+
+class NoSync(TorchDispatchMode):
+    """Refuses every operation that would make the host wait for a device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func)
+        assert not any(word in name for word in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal")), name
+        assert "_to_copy" not in name or "device" not in (kwargs or {}), f"{name} moves between devices"
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_never_waits_for_the_device() -> None:
+    params = FLUX_CONFIGS["dev-like"]
+    ours = Flux(params)
+    randomise(ours, 1)
+    schedule = flow_match_euler(FLUX_DEV.schedule, 3, 6)
+    statics = ours.precompute(
+        torch.randn(1, 5, 32), torch.randn(1, 32), image_ids(2, 3), torch.tensor(schedule.timesteps), torch.ones(1)
+    )
+    x = torch.randn(1, 6, 64)
+    with torch.inference_mode(), NoSync():
+        for call in range(3):
+            x = schedule.step(ours(x, call, statics), call, x)
+    assert x.isfinite().all()
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoSync():
+        x.sum().item()  # the test bites
