@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
 import threading
 import time
@@ -15,7 +14,7 @@ import torch
 
 from flux_engine import hardware, hub, images
 from flux_engine.config import EngineConfig
-from flux_engine.errors import InvalidRequest, OutOfMemory
+from flux_engine.errors import InvalidRequest, OutOfMemory, did_you_mean
 from flux_engine.families import FluxFamily
 from flux_engine.pipeline import OnStep, Pipeline, check_cancelled
 from flux_engine.request import Job, Request
@@ -87,10 +86,8 @@ class Engine:
         known = [f.name for f in dataclasses.fields(Request)]
         for name in fields:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                guess = f"; did you mean {near[0]!r}?" if near else ""
                 raise InvalidRequest(
-                    f"a request has no field {name!r}{guess} Fields: {', '.join(known)}",
+                    f"a request has no field {name!r}{did_you_mean(name, known)} Fields: {', '.join(known)}",
                     field=name,
                 )
         return self.run(Request(prompt=prompt, **fields), on_step=on_step, cancel=cancel)
@@ -168,7 +165,7 @@ def _convert(picture: torch.Tensor, job: Job) -> Any:
         case "pt":
             return ((picture + 1) / 2).clamp(0, 1)
         case "latent":
-            return picture
+            return picture.clone()  # a copy made outside inference mode is an ordinary tensor
 
 
 @contextmanager
@@ -176,7 +173,7 @@ def _memory_errors(doing: str) -> Iterator[None]:
     """Turn torch's ways of saying that memory ran out into one typed error."""
     try:
         yield
-    except (torch.OutOfMemoryError, RuntimeError) as error:
+    except RuntimeError as error:
         cpu = "can't allocate memory" in str(error) or "not enough memory" in str(error)
         if not (cpu or isinstance(error, torch.OutOfMemoryError)):
             raise

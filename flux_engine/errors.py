@@ -16,6 +16,9 @@ caller would expect, so `except ValueError` works for someone who does not know 
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 __all__ = [
     "FluxEngineError",
     "InvalidRequest",
@@ -70,3 +73,9 @@ class OutputError(FluxEngineError, OSError):
 
 class RequestCancelled(FluxEngineError):
     """The request was cancelled between two steps. Nothing of the engine's state changed."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest known one, if any is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else "."

@@ -6,14 +6,13 @@ folder of files. The manifests and the demo weights come with the package.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from flux_engine.errors import UnknownModel, WeightsError
+from flux_engine.errors import UnknownModel, WeightsError, did_you_mean
 from flux_engine.specs import SPECS, ModelSpec
 
 PACKAGED = Path(__file__).parent / "weights"
@@ -102,9 +101,7 @@ def find(name: str, extra: Path | None = None) -> Manifest:
     known = manifests(extra)
     if name in known:
         return known[name]
-    near = difflib.get_close_matches(name, known, n=1)
-    guess = f"; did you mean {near[0]!r}?" if near else ""
-    raise UnknownModel(f"no model {name!r}{guess} Known: {', '.join(known) or 'none'}")
+    raise UnknownModel(f"no model {name!r}{did_you_mean(name, known)} Known: {', '.join(known) or 'none'}")
 
 
 def _read(path: Path, root: Path) -> Manifest:

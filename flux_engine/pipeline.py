@@ -82,7 +82,7 @@ class Pipeline:
             for call, t in enumerate(schedule.timesteps):
                 check_cancelled(cancel)
                 if guided:
-                    negative, positive = family.net(torch.cat((x, x)), call, statics).chunk(2)
+                    negative, positive = family.net(torch.cat((x, x)), call, statics).float().chunk(2)
                     velocity = negative + job.true_cfg_scale * (positive - negative)
                 else:
                     velocity = family.net(x, call, statics)

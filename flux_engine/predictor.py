@@ -9,7 +9,8 @@ their own for every prediction, so that two predictions never overwrite each oth
 
 from __future__ import annotations
 
-import dataclasses
+import secrets
+import shutil
 import sys
 import tempfile
 import threading
@@ -17,9 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from PIL.Image import Image
+
 from flux_engine import files, hub, images
 from flux_engine.config import EngineConfig
 from flux_engine.engine import Engine, load
+from flux_engine.errors import OutputError
 from flux_engine.pipeline import Step
 from flux_engine.replicate.schemas import find_schema
 from flux_engine.request import Request
@@ -72,31 +76,36 @@ class Predictor:
         Raises InvalidInput for inputs the schema refuses, RequestCancelled, OutOfMemory or OutputError.
         """
         values = self.schema.validate(inputs)
-        request = Request(**{one.field: values[one.name] for one in self.schema.inputs if one.field is not None})
         self.setup()
         assert self._engine is not None
-        job = request.resolve(self._engine.spec)
-        self.say(f"Using seed: {job.seeds[0]}")
+        if values["seed"] is None:
+            values["seed"] = secrets.randbits(32)
+        self.say(f"Using seed: {values['seed']}")
         if values["go_fast"]:
             self.say(f"go_fast: no 8-bit weights are in force, running {self.model} as loaded")
         if not values["disable_safety_checker"]:
             self.say("safety: unchecked, no safety checker is installed")
-        result = self._engine.run(
-            dataclasses.replace(request, seed=job.seeds[0]),
-            on_step=self._progress,
-            cancel=cancel,
-        )
-        for note in result.notes:
-            self.say(note)
         folder = self._folder()
-        kind = values["output_format"]
-        paths: list[Path] = []
-        for index, picture in enumerate(result):
-            path = folder / f"out-{index}.{kind}"
-            content = images.encode(picture, kind, quality=values["output_quality"])
-            files.write(path, content)
-            paths.append(path)
-        return paths
+        try:
+            result = self._engine.run(self._request(values), on_step=self._progress, cancel=cancel)
+            for note in result.notes:
+                self.say(note)
+            return [
+                self._write(folder / f"out-{index}.{values['output_format']}", picture, values)
+                for index, picture in enumerate(result)
+            ]
+        except BaseException:  # also a host's cancellation, which is no Exception: nothing half-made is left
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def _write(self, path: Path, picture: Image, values: dict[str, Any]) -> Path:
+        files.write(path, images.encode(picture, values["output_format"], quality=values["output_quality"]))
+        return path
+
+    def _request(self, values: dict[str, Any]) -> Request:
+        fields = {one.field: values[one.name] for one in self.schema.inputs if one.field is not None}
+        # The schema sets a seed no limits; torch counts seeds modulo 2^64, so that -1 is its largest.
+        return Request(**fields | {"seed": values["seed"] % 2**64})
 
     def _progress(self, step: Step) -> None:
         # A line of its own for every step: clients of hosted models read percentages from whole lines.
@@ -105,6 +114,9 @@ class Predictor:
         self.say(f"{100 * step.index // step.total:3d}%|{bar}| {step.index}/{step.total}")
 
     def _folder(self) -> Path:
-        if self.output_dir is not None:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix="prediction-", dir=self.output_dir))
+        try:
+            if self.output_dir is not None:
+                self.output_dir.mkdir(parents=True, exist_ok=True)
+            return Path(tempfile.mkdtemp(prefix="prediction-", dir=self.output_dir))
+        except OSError as error:
+            raise OutputError(f"cannot make a folder for the pictures: {error}") from None

@@ -81,6 +81,8 @@ def test_output_types(engine: Engine) -> None:
     latent = engine(PROMPT, seed=0, output_type="latent").image
     assert latent.shape == (16, 32, 32)
     assert latent.dtype == torch.float32
+    assert not latent.is_inference()  # the caller may go on with it, with gradients too
+    assert not tensor.is_inference()
 
 
 def test_callback_sees_every_step_and_a_preview(engine: Engine) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from flux_engine import Predictor, RequestCancelled, UnknownModel, UnknownSchema
+from flux_engine import OutputError, Predictor, RequestCancelled, UnknownModel, UnknownSchema
 from flux_engine.replicate.schema import InvalidInput
 from flux_engine.replicate.schemas import FLUX_SCHNELL, find_schema
 
@@ -145,6 +145,13 @@ def test_a_drawn_seed_can_be_used_again(predictor: Predictor, lines: list[str]) 
     assert predictor.predict(prompt="a red circle", seed=seed, output_format="png")[0].read_bytes() == path.read_bytes()
 
 
+def test_any_integer_is_a_seed(predictor: Predictor, lines: list[str]) -> None:
+    for seed in (-1, 0, 2**70):
+        lines.clear()
+        assert predictor.predict(prompt="a red circle", seed=seed, num_inference_steps=1)
+        assert lines[0] == f"Using seed: {seed}"
+
+
 @pytest.mark.parametrize("kind", ["webp", "jpg"])
 def test_quality_matters(predictor: Predictor, kind: str) -> None:
     sizes = [
@@ -159,6 +166,29 @@ def test_bad_input_does_no_work(predictor: Predictor, lines: list[str]) -> None:
     with pytest.raises(InvalidInput):
         predictor.predict(prompt="x", num_outputs=0)
     assert lines == []
+
+
+def test_what_fails_leaves_no_folder(predictor: Predictor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class HostCancels(BaseException):
+        pass
+
+    def cancel(line: str) -> None:
+        if "50%" in line:
+            raise HostCancels
+
+    assert predictor.output_dir is not None
+    before = set(predictor.output_dir.iterdir())
+    monkeypatch.setattr(predictor, "say", cancel)
+    with pytest.raises(HostCancels):
+        predictor.predict(prompt="a red circle")
+    assert set(predictor.output_dir.iterdir()) == before
+    monkeypatch.setattr(predictor, "say", lambda _: None)
+    assert predictor.predict(prompt="a red circle", seed=0)[0].exists()
+
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr(predictor, "output_dir", tmp_path / "file")
+    with pytest.raises(OutputError, match="file"):
+        predictor.predict(prompt="a red circle")
 
 
 def test_cancelled(predictor: Predictor) -> None:

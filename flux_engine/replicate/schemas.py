@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from flux_engine.errors import UnknownSchema
+from flux_engine.errors import UnknownSchema, did_you_mean
 from flux_engine.replicate.schema import Input, Schema
 from flux_engine.specs import MEGAPIXELS, PUBLISHED_SIZES
 
@@ -109,6 +108,4 @@ def find_schema(name: str) -> Schema:
     """A declared schema by name. Raises UnknownSchema with the known ones."""
     if name in SCHEMAS:
         return SCHEMAS[name]
-    near = difflib.get_close_matches(name, SCHEMAS, n=1)
-    guess = f"; did you mean {near[0]!r}?" if near else ""
-    raise UnknownSchema(f"no schema {name!r}{guess} Known: {', '.join(SCHEMAS)}")
+    raise UnknownSchema(f"no schema {name!r}{did_you_mean(name, SCHEMAS)} Known: {', '.join(SCHEMAS)}")
