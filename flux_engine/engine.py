@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 def load(
     model: str,
     *,
-    device: str | None = None,
-    dtype: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
     embedding_cache: int = 64,
 ) -> Engine:
     """Load a model by name and return an engine that runs requests on it.
@@ -37,7 +37,11 @@ def load(
     machine does best; see EngineConfig. `embedding_cache` is the number of encoded prompts to keep.
     Raises UnknownModel, WeightsError, UnsupportedError or OutOfMemory; nothing stays loaded then.
     """
-    config = EngineConfig.from_environment(device=device, dtype=dtype, embedding_cache=embedding_cache)
+    config = EngineConfig.from_environment(
+        device=None if device is None else str(device),
+        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+        embedding_cache=embedding_cache,
+    )
     began = time.perf_counter()
     manifest = hub.find(model, config.weights)
     spec = manifest.model_spec()
@@ -140,6 +144,10 @@ class Engine:
             "attention": "torch.scaled_dot_product_attention",
             "load_seconds": round(self.load_seconds, 3),
         }
+
+    def __repr__(self) -> str:
+        net = self._pipeline.family.net
+        return f"<Engine: {self.spec.name} on {net.device}, {str(net.dtype).removeprefix('torch.')}>"
 
     @contextmanager
     def _turn(self, cancel: threading.Event | None) -> Iterator[None]:

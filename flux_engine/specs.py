@@ -147,7 +147,7 @@ class SizeTable:
             )
         if megapixels not in MEGAPIXELS:
             raise InvalidRequest(
-                f"megapixels {megapixels!r} is not one of {', '.join(MEGAPIXELS)}",
+                f"megapixels {megapixels!r} is not one of {', '.join(map(repr, MEGAPIXELS))}",
                 field="megapixels",
             )
         divisor = self.divisor * (1 if megapixels == "1" else 2)

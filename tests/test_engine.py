@@ -263,6 +263,11 @@ def test_result_saves_and_shows_itself(engine: Engine, tmp_path: Path) -> None:
     assert "seed 0" in repr(result)
 
 
+def test_torch_names_are_understood() -> None:
+    engine = flux_engine.load("demo-schnell", device=torch.device("cpu"), dtype=torch.float32)
+    assert repr(engine) == "<Engine: demo-schnell on cpu, float32>"
+
+
 def test_describe_says_what_is_in_force(engine: Engine) -> None:
     facts = engine.describe()
     assert facts["model"] == "demo-schnell"
