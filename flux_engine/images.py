@@ -16,6 +16,8 @@ from flux_engine.files import ImageFormat
 EXIF_SOFTWARE = 0x0131
 EXIF_IFD = 0x8769
 EXIF_USER_COMMENT = 0x9286
+EXIF_LIMIT = 60_000
+"""Bytes of text an EXIF block takes: JPEG allows 65,533 for the whole block. What is longer is cut."""
 
 
 def to_uint8(picture: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -44,7 +46,7 @@ def encode(
     if format == "png":
         info = PngImagePlugin.PngInfo()
         if parameters:
-            info.add_itxt("parameters", parameters)
+            info.add_text("parameters", parameters)
         image.save(buffer, "PNG", pnginfo=info)
     else:
         image.save(
@@ -60,7 +62,8 @@ def encode(
 def _exif(parameters: str) -> bytes:
     exif = Image.Exif()
     exif[EXIF_SOFTWARE] = "flux-engine"
-    exif.get_ifd(EXIF_IFD)[EXIF_USER_COMMENT] = b"UNICODE\0" + parameters.encode("utf-16-be")
+    text = parameters.encode("utf-16-be")[:EXIF_LIMIT]
+    exif.get_ifd(EXIF_IFD)[EXIF_USER_COMMENT] = b"UNICODE\0" + text
     return exif.tobytes()
 
 
@@ -72,7 +75,7 @@ def read_parameters(path: str | os.PathLike[str]) -> str | None:
             return str(text["parameters"])
         comment = image.getexif().get_ifd(EXIF_IFD).get(EXIF_USER_COMMENT)
     if isinstance(comment, bytes) and comment.startswith(b"UNICODE\0"):
-        return comment[8:].decode("utf-16-be")
+        return comment[8:].decode("utf-16-be", errors="ignore")
     return None
 
 

@@ -316,7 +316,8 @@ def make_text_encoders() -> tuple[Any, Any, Any, Any]:
 def train_schnell(args: argparse.Namespace) -> None:
     """Flow matching (arXiv 2210.02747) on cached latents, text encoders trained along.
 
-    One caption in ten is empty, for classifier-free guidance. The first steps are at 128 px, where a step costs a third; later ones mix both sizes.
+    One caption in ten is empty, for classifier-free guidance. Positions are learned for each picture size anew, so a
+    model for one size is trained on that size; colours and words carry over.
     """
     torch.manual_seed(1)
     clip_tokenizer, clip, t5_tokenizer, t5 = make_text_encoders()
@@ -447,23 +448,23 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     commands = parser.add_subparsers(required=True)
     vae = commands.add_parser("vae")
-    vae.add_argument("--steps", type=int, default=4000)
+    vae.add_argument("--steps", type=int, default=3600)
     vae.add_argument("--kl", type=float, default=2e-3)
     vae.set_defaults(run=train_vae)
     tokenizers = commands.add_parser("tokenizers")
     tokenizers.add_argument("vocabulary", type=Path, help="bpe_simple_vocab_16e6.txt.gz of CLIP (MIT)")
     tokenizers.set_defaults(run=make_tokenizers)
     decoder = commands.add_parser("decoder")
-    decoder.add_argument("--steps", type=int, default=3000)
+    decoder.add_argument("--steps", type=int, default=1800)
     decoder.set_defaults(run=train_decoder)
     latents = commands.add_parser("latents")
     latents.add_argument("--side", type=int, required=True)
     latents.add_argument("--count", type=int, default=20_000)
     latents.set_defaults(run=make_latents)
     schnell = commands.add_parser("schnell")
-    schnell.add_argument("--steps", type=int, default=4400)
-    schnell.add_argument("--small-steps", type=int, default=2400, help="how many steps are at 128 px only")
-    schnell.add_argument("--small-share", type=float, default=0.3, help="share of steps at 128 px after that")
+    schnell.add_argument("--steps", type=int, default=6200)
+    schnell.add_argument("--small-steps", type=int, default=1600, help="how many steps are at 128 px only")
+    schnell.add_argument("--small-share", type=float, default=0.0, help="share of steps at 128 px after that")
     schnell.add_argument("--batch", type=int, default=64)
     schnell.add_argument("--lr", type=float, default=1.2e-3)
     schnell.add_argument("--compile", action="store_true", help="a quarter faster after two minutes")

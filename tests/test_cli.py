@@ -50,6 +50,16 @@ def test_formats_and_metadata(tmp_path: Path, ending: str) -> None:
     assert read_parameters(out) is None
 
 
+@pytest.mark.parametrize("ending", ["jpg", "webp", "png"])
+def test_very_long_prompts_can_be_saved(tmp_path: Path, ending: str) -> None:
+    prompt = "a red circle 🎨 " * 5000
+    out = tmp_path / f"a.{ending}"
+    assert cli.main(["generate", prompt, "--steps", "1", "--output", str(out), "--json"]) == 0
+    text = read_parameters(out)
+    assert text is not None
+    assert text.startswith(prompt[:20_000])
+
+
 def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "b.webp"
     code = cli.main(
