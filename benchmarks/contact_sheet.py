@@ -52,7 +52,7 @@ def main() -> None:
 
 def _tile(picture: Image.Image, prompt: str) -> Image.Image:
     """A picture with its prompt below, in as many lines as it takes (at most three)."""
-    side = 192
+    side = 160
     tile = Image.new("RGB", (side + 8, side + 3 * LINE + 8), "white")
     tile.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (4, 4))
     pen = ImageDraw.Draw(tile)

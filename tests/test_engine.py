@@ -18,6 +18,7 @@ from flux_engine.engine import Engine
 from flux_engine.pipeline import Step
 
 PROMPT = "a large red circle on a blue background"
+SQUARE = (128, 128)
 OTHER = "a small yellow star at the top left on a black background"
 
 
@@ -71,15 +72,15 @@ def test_the_embedding_cache_changes_nothing(engine: Engine) -> None:
 def test_output_types(engine: Engine) -> None:
     pil = engine(PROMPT, seed=0)
     assert isinstance(pil.image, Image.Image)
-    assert pil.image.size == (256, 256)
+    assert pil.image.size == SQUARE
     array = engine(PROMPT, seed=0, output_type="np").image
     assert array.dtype == np.uint8
     assert np.array_equal(array, np.asarray(pil.image))
     tensor = engine(PROMPT, seed=0, output_type="pt").image
-    assert tensor.shape == (3, 256, 256)
+    assert tensor.shape == (3, *SQUARE)
     assert 0 <= tensor.min() <= tensor.max() <= 1
     latent = engine(PROMPT, seed=0, output_type="latent").image
-    assert latent.shape == (16, 32, 32)
+    assert latent.shape == (16, 16, 16)
     assert latent.dtype == torch.float32
     assert not latent.is_inference()  # the caller may go on with it, with gradients too
     assert not tensor.is_inference()
@@ -91,10 +92,10 @@ def test_callback_sees_every_step_and_a_preview(engine: Engine) -> None:
     assert [(s.index, s.total) for s in steps] == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert [s.timestep for s in steps] == [1.0, 0.75, 0.5, 0.25]
     previews = steps[-1].preview()
-    assert [p.size for p in previews] == [(32, 32)] * 2
-    small = np.asarray(result.image.resize((32, 32), Image.Resampling.BOX), float)
+    assert [p.size for p in previews] == [(16, 16)] * 2
+    small = np.asarray(result.image.resize((16, 16), Image.Resampling.BOX), float)
     shown = np.asarray(previews[0], float)
-    other = np.asarray(engine(OTHER, seed=0).image.resize((32, 32), Image.Resampling.BOX), float)
+    other = np.asarray(engine(OTHER, seed=0).image.resize((16, 16), Image.Resampling.BOX), float)
     # The preview shows the picture, roughly, and not another one.
     assert 2 * np.abs(small - shown).mean() < np.abs(other - shown).mean()
 
@@ -195,7 +196,7 @@ def test_a_failing_callback_leaves_the_engine_usable(engine: Engine) -> None:
 def test_a_callback_cannot_wait_for_itself(engine: Engine) -> None:
     with pytest.raises(InvalidRequest, match="callback"):
         engine(PROMPT, on_step=lambda step: engine(OTHER))
-    assert engine(PROMPT, seed=0).image.size == (256, 256)
+    assert engine(PROMPT, seed=0).image.size == SQUARE
 
 
 def test_run_refuses_what_is_not_a_request(engine: Engine) -> None:
@@ -207,9 +208,9 @@ def test_out_of_memory_is_typed_and_leaves_the_engine_usable(engine: Engine) -> 
     def fail(step: Step) -> None:
         torch.empty(2**60)  # what torch itself says when memory runs out
 
-    with pytest.raises(OutOfMemory, match="256x256"):
+    with pytest.raises(OutOfMemory, match="128x128"):
         engine(PROMPT, on_step=fail)
-    assert engine(PROMPT, seed=0).image.size == (256, 256)
+    assert engine(PROMPT, seed=0).image.size == SQUARE
 
 
 def test_long_prompts_are_cut_and_reported(engine: Engine) -> None:
@@ -225,7 +226,7 @@ def test_long_prompts_are_cut_and_reported(engine: Engine) -> None:
 
 def test_unicode_and_empty_prompts_run(engine: Engine) -> None:
     for prompt in ("", "ein roter Kreis auf blauem Grund, größer 🎨", "赤い丸", "\n\t"):
-        assert engine(prompt, seed=0, num_inference_steps=1).image.size == (256, 256)
+        assert engine(prompt, seed=0, num_inference_steps=1).image.size == SQUARE
 
 
 def test_a_misspelt_field_is_refused_with_the_right_one(engine: Engine) -> None:
