@@ -2,7 +2,7 @@
 
     python scripts/train_demo.py vae               # the autoencoder
     python scripts/train_demo.py tokenizers VOCAB  # CLIP's vocabulary file to a tokenizer; T5's from our captions
-    python scripts/train_demo.py latents --side 128  # and --side 256
+    python scripts/train_demo.py latents
     python scripts/train_demo.py schnell           # text encoders and transformer together, on those latents
     python scripts/train_demo.py decoder           # sharpen the autoencoder's decoder; the latents stay
     python scripts/train_demo.py export            # into weights/, with hashes and provenance
@@ -334,8 +334,8 @@ def emphasis(size: str, place: str, tokens: int) -> Tensor:
 def train_schnell(args: argparse.Namespace) -> None:
     """Flow matching (arXiv 2210.02747) on cached latents, text encoders trained along.
 
-    One caption in ten is empty, for classifier-free guidance. Positions are learned for each picture size anew, so a
-    model for one size is trained on that size; colours and words carry over.
+    One caption in ten is empty, for classifier-free guidance. Positions are learned for each picture size anew, so
+    the model is trained at the one size it draws. Shapes come late, and within a few hundred steps.
     """
     torch.manual_seed(1)
     clip_tokenizer, clip, t5_tokenizer, t5 = make_text_encoders()
@@ -345,14 +345,10 @@ def train_schnell(args: argparse.Namespace) -> None:
             if "mod.lin" in key or "modulation" in key or key.startswith("final_layer.linear"):
                 value.mul_(0.1)
     run = Run("schnell", {"flux": flux, "clip": clip, "t5": t5}, steps=args.steps, lr=args.lr, ema=0.999)
-    data: dict[int, tuple[Tensor, list[world.Scene]]] = {}
-
-    def latents(side: int) -> tuple[Tensor, list[world.Scene]]:
-        if side not in data:
-            state = torch.load(OUT / f"latents-{side}.pt", weights_only=True)
-            data[side] = (state["latents"], [world.Scene(**scene) for scene in state["scenes"]])
-        return data[side]
-
+    state = torch.load(OUT / f"latents-{args.side}.pt", weights_only=True)
+    pool, scenes = state["latents"], [world.Scene(**scene) for scene in state["scenes"]]
+    tokens_per_side = args.side // 16
+    positions = image_ids(tokens_per_side, tokens_per_side)
     net = torch.compile(flux, dynamic=False) if args.compile else flux
 
     def noise_level(rng: random.Random) -> float:
@@ -365,10 +361,7 @@ def train_schnell(args: argparse.Namespace) -> None:
         return 1 - rng.random() ** 2 if kind < 0.8 else rng.random()
 
     def loss_of(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
-        small = run.step < args.small_steps or rng.random() < args.small_share
-        side, count = (128, args.batch) if small else (256, args.batch // 2)
-        pool, scenes = latents(side)
-        picks = [rng.randrange(len(scenes)) for _ in range(count)]
+        picks = [rng.randrange(len(scenes)) for _ in range(args.batch)]
         x0 = patchify(pool[picks].float())
         captions = ["" if rng.random() < 0.1 else world.caption(scenes[i], rng) for i in picks]
         t = torch.tensor([noise_level(rng) for _ in picks])
@@ -385,13 +378,12 @@ def train_schnell(args: argparse.Namespace) -> None:
                 return_tensors="pt",
             ).input_ids
             tokens = t5(ids).last_hidden_state
-            positions = image_ids(side // 16, side // 16)
             statics = flux.precompute(tokens.float(), pooled.float(), positions, t[None], None)
             out = net(mixed, 0, statics)
-        weight = torch.stack([emphasis(scenes[i].size, scenes[i].place, side // 16) for i in picks])
+        weight = torch.stack([emphasis(scenes[i].size, scenes[i].place, tokens_per_side) for i in picks])
         error = (weight * ((out.float() - (noise - x0)) ** 2).mean(dim=2)).mean(dim=1)
         high = error[t > 0.9].mean().item() if (t > 0.9).any() else float("nan")
-        return error.mean(), {"side": side, "noise_only": high}
+        return error.mean(), {"noise_only": high}
 
     run.train(loss_of)
 
@@ -477,14 +469,13 @@ def main() -> None:
     decoder.add_argument("--steps", type=int, default=1800)
     decoder.set_defaults(run=train_decoder)
     latents = commands.add_parser("latents")
-    latents.add_argument("--side", type=int, required=True)
+    latents.add_argument("--side", type=int, default=128)
     latents.add_argument("--count", type=int, default=20_000)
     latents.set_defaults(run=make_latents)
     schnell = commands.add_parser("schnell")
-    schnell.add_argument("--steps", type=int, default=6200)
-    schnell.add_argument("--small-steps", type=int, default=1600, help="how many steps are at 128 px only")
-    schnell.add_argument("--small-share", type=float, default=0.0, help="share of steps at 128 px after that")
-    schnell.add_argument("--batch", type=int, default=64)
+    schnell.add_argument("--steps", type=int, default=9000)
+    schnell.add_argument("--side", type=int, default=128)
+    schnell.add_argument("--batch", type=int, default=32)
     schnell.add_argument("--lr", type=float, default=1.2e-3)
     schnell.add_argument("--compile", action="store_true", help="a quarter faster after two minutes")
     schnell.set_defaults(run=train_schnell)
