@@ -29,7 +29,8 @@ def finish(**seconds):
 OURS = (
     COMMON
     + """
-from flux_engine.engine import load
+import flux_engine
+load = flux_engine.load
 imported = now()
 began = time.perf_counter(); engine = load(place, device="cpu", dtype=dtype); loaded = time.perf_counter() - began
 began = time.perf_counter()

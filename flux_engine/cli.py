@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import flux_engine
 from flux_engine import __version__, files, hub
 from flux_engine.config import DTYPES, EngineConfig
 from flux_engine.errors import FluxEngineError, InvalidRequest
@@ -124,8 +125,7 @@ def _generate(args: argparse.Namespace) -> None:
     for path in paths:
         files.check_writable(path)
 
-    from flux_engine.engine import load  # torch and transformers come in here
-
+    load = flux_engine.load  # torch and transformers come in here
     timings = {"import": _since_process_start()}
     engine = load(args.model, device=args.device, dtype=args.dtype)
     timings["load"] = engine.load_seconds
@@ -213,9 +213,7 @@ def _info(args: argparse.Namespace) -> None:
         "weights": str(hub.weights_folder()),
     }
     if args.model:
-        from flux_engine.engine import load
-
-        report["model"] = load(args.model, device=args.device, dtype=args.dtype).describe()
+        report["model"] = flux_engine.load(args.model, device=args.device, dtype=args.dtype).describe()
     if args.json:
         _print(json.dumps(report))
         return

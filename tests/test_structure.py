@@ -116,6 +116,12 @@ def test_import_changes_nothing() -> None:
     assert run(code) == "True"
 
 
+def test_the_collector_is_paused_only_while_importing() -> None:
+    for before in ("enable", "disable"):
+        code = f"import gc, flux_engine; gc.{before}(); flux_engine.load; print(gc.isenabled())"
+        assert run(code) == str(before == "enable")
+
+
 def test_a_flux_request_never_imports_diffusers() -> None:
     code = (
         "import flux_engine, sys;"
