@@ -81,6 +81,8 @@ def _import(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     finally:
+        gc.freeze()  # there and back: what was imported is old now, and young collections pass it by
+        gc.unfreeze()
         gc.enable()
 
 
