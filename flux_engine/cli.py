@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ def _generate(args: argparse.Namespace) -> None:
     if not args.json:
         _line(f"{engine.spec.name}, {job.width}x{job.height}, seed {job.seeds[0]}")
     result = engine.run(
-        request,
+        replace(request, seed=job.seeds[0]),  # the seed that was told, not another draw
         on_step=None if args.json else lambda step: _line(f"step {step.index}/{step.total}"),
     )
     timings |= result.timings

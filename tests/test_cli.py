@@ -36,6 +36,13 @@ def test_generate_writes_a_picture_and_says_how_long_it_took(tmp_path: Path) -> 
     assert "Seed: 0, Size: 128x128, Model: demo-schnell" in text
 
 
+def test_the_seed_told_is_the_seed_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "a.png"
+    assert cli.main(["generate", "x", "--steps", "1", "--output", str(out)]) == 0
+    told = capsys.readouterr().err.splitlines()[0].rpartition(" ")[2]
+    assert f"Seed: {told}," in (read_parameters(out) or "")
+
+
 @pytest.mark.parametrize("ending", ["jpg", "jpeg", "webp", "png"])
 def test_formats_and_metadata(tmp_path: Path, ending: str) -> None:
     out = tmp_path / f"a.{ending}"
