@@ -7,7 +7,7 @@ never a model for its name. Nothing here needs torch: a request is validated bef
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from flux_engine.errors import InvalidRequest, WeightsError
@@ -177,8 +177,6 @@ class ModelSpec:
     """Default of the guidance embedding; None for a model without one."""
     true_cfg_scale: float = 1.0
     """Default scale of classifier-free guidance when a negative prompt is given."""
-    latent_rgb: tuple[tuple[float, ...], ...] = field(default=(), repr=False)
-    """Linear map from latent channels to RGB in [-1, 1], for previews: 3 rows of latent_channels weights and a bias."""
 
 
 FLUX_SCHNELL = ModelSpec(

@@ -75,7 +75,7 @@ class FluxTextEncoder:
         cache_size: int = 64,
     ) -> FluxTextEncoder:
         """Read both encoders and their tokenizers: four folders as Hugging Face repositories hold them."""
-        # float16 overflows inside T5, which was trained in bfloat16 (huggingface/transformers issue 9295).
+        # float16 overflows inside T5, which was trained in bfloat16 (huggingface/candle issue 2480).
         dtype = torch.float32 if dtype == torch.float16 else dtype
         clip_config = CLIPTextConfig.from_json_file(files["text_encoder"] / "config.json")
         with WeightSource(files["text_encoder"] / "model.safetensors") as source:

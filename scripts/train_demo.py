@@ -477,7 +477,7 @@ def main() -> None:
     schnell.add_argument("--side", type=int, default=128)
     schnell.add_argument("--batch", type=int, default=32)
     schnell.add_argument("--lr", type=float, default=1.2e-3)
-    schnell.add_argument("--compile", action="store_true", help="a quarter faster after two minutes")
+    schnell.add_argument("--compile", action="store_true", help="faster once compiled, which takes a minute")
     schnell.set_defaults(run=train_schnell)
     commands.add_parser("export").set_defaults(run=export)
     args = parser.parse_args()

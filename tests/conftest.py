@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import nn
@@ -21,12 +19,6 @@ def one_thread() -> None:
 def engine() -> Engine:
     """The demo model in float32, shared by all tests: an engine keeps nothing of a request."""
     return flux_engine.load("demo-schnell", device="cpu", dtype="float32")
-
-
-@pytest.fixture
-def meta_device() -> Iterator[None]:
-    with torch.device("meta"):
-        yield
 
 
 def randomise(module: nn.Module, seed: int) -> nn.Module:
