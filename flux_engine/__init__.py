@@ -73,7 +73,7 @@ def _import(module: str) -> ModuleType:
     """Import with the cyclic garbage collector paused.
 
     torch and transformers allocate so much while they are imported that the collector runs dozens of times and finds
-    next to nothing: a quarter of the time (benchmarks/first_picture.py).
+    next to nothing (benchmarks/README.md has what that costs).
     """
     if not gc.isenabled():
         return importlib.import_module(module)

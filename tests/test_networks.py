@@ -80,11 +80,10 @@ def test_flux_agrees_with_diffusers(name: str) -> None:
         assert relative_error(ours(x, 1, statics), ours(x, 0, statics)) > 1e-2
 
 
-@pytest.mark.parametrize("name", FLUX_CONFIGS)
+# All but one, whose axes are split unlike any published model's, on purpose.
+@pytest.mark.parametrize("name", sorted(set(FLUX_CONFIGS) - {"dev-like"}))
 def test_widths_and_depths_are_read_off_the_checkpoint(name: str) -> None:
     params = FLUX_CONFIGS[name]
-    if name == "dev-like":
-        pytest.skip("its axes are split unlike any published model's, on purpose")
     with torch.device("meta"):
         shapes = {k: tuple(v.shape) for k, v in Flux(params).state_dict().items()}
     assert FluxParams.from_shapes(shapes) == params
