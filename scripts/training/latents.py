@@ -1,0 +1,151 @@
+"""Pictures as latents and captions as encoded text, kept on disk: a transformer's training runs nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from benchmarks import captions, world
+from benchmarks.world import Ground, Placed, Scene, Thing
+from flux_engine.specs import DEMO_SCHNELL, PUBLISHED_SIZES
+from training.run import OUT, log
+from training.text import load_text
+from training.vae import load_vae, to_tensor
+
+CELL = 4
+"""Pixels along the side of a cell of the coverage maps."""
+CAPTIONS = 3
+"""Captions written for every picture."""
+
+
+def sizes(megapixels: str) -> list[tuple[int, int]]:
+    """Every (width, height) of a class of the demo's size table."""
+    return [DEMO_SCHNELL.sizes.named(ratio, megapixels) for ratio in PUBLISHED_SIZES]
+
+
+@dataclass
+class Pool:
+    """Scenes of one picture size with their latents."""
+
+    width: int
+    height: int
+    scenes: list[Scene]
+    latents: Tensor
+    """(N, C, h, w), float16."""
+    coverage: Tensor
+    """(N, 3, H / CELL, W / CELL), uint8: how much of a cell the first object, the second object and the background's
+    second colour cover."""
+    boxes: Tensor
+    """(N, 2, 4), float32: left, top, right, bottom of the objects in pixels; all zero for none."""
+
+
+def coverage_maps(scene: Scene, placed: list[Placed], width: int, height: int) -> np.ndarray:
+    maps = np.zeros((3, height // CELL, width // CELL), np.uint8)
+    for number, thing in enumerate(placed):
+        canvas = Image.new("L", (width, height))
+        ImageDraw.Draw(canvas).polygon(world.outline(thing.shape, thing.cx, thing.cy, thing.radius), fill=255)
+        maps[number] = np.asarray(canvas.reduce(CELL))
+    ground = scene.ground
+    if ground.kind != "plain":
+        two = Ground(ground.kind, "black", "white", ground.axis)
+        maps[2] = np.asarray(world.paint_ground(two, width, height).convert("L").reduce(CELL))
+    return maps
+
+
+def make_pool(width: int, height: int, count: int, vae: Any) -> Pool:
+    rng = random.Random(f"latents-{width}x{height}")
+    scenes: list[Scene] = []
+    latents: list[Tensor] = []
+    maps: list[np.ndarray] = []
+    boxes: list[list[list[float]]] = []
+    with torch.inference_mode():
+        while len(scenes) < count:
+            pictures: list[Image.Image] = []
+            for _ in range(4):  # more would leave the cache
+                scene = world.sample_scene(rng, marked=0.05)
+                settled = world.settle(scene, rng)
+                placed = world.layout(settled, width, height, rng)
+                pictures.append(world.paint(settled.ground, placed, width, height))
+                maps.append(coverage_maps(settled, placed, width, height))
+                box = [[p.cx - p.radius, p.cy - p.radius, p.cx + p.radius, p.cy + p.radius] for p in placed]
+                boxes.append((box + [[0.0] * 4])[:2])
+                scenes.append(scene)
+            latents.append(vae.encode(to_tensor(pictures)).contiguous().half())
+    return Pool(
+        width, height, scenes, torch.cat(latents), torch.from_numpy(np.stack(maps)), torch.tensor(boxes)
+    )
+
+
+@dataclass
+class Texts:
+    """Encoded captions of a pool's pictures."""
+
+    tokens: Tensor
+    """T5's tokens (N, CAPTIONS, L, D), float16."""
+    pooled: Tensor
+    """CLIP's pooled vectors (N, CAPTIONS, D), float16."""
+
+
+def path_of(width: int, height: int, kind: str = "latents") -> Path:
+    return OUT / "pools" / f"{width}x{height}.{kind}.pt"
+
+
+def make_latents(args: argparse.Namespace) -> None:
+    vae = load_vae()
+    for width, height in sizes(args.megapixels):
+        if not path_of(width, height).exists():
+            pool = make_pool(width, height, args.count * (2 if width == height else 1), vae)
+            keep(path_of(width, height), vars(pool) | {"scenes": [as_list(scene) for scene in pool.scenes]})
+            log.info("%dx%d: %d pictures, std %.3f", width, height, len(pool.scenes), pool.latents.float().std())
+
+
+def make_texts(args: argparse.Namespace) -> None:
+    """Write and encode captions for every pool there is."""
+    text = load_text()
+    for width, height in sizes("1") + sizes("0.25"):
+        if path_of(width, height, "texts").exists() or not path_of(width, height).exists():
+            continue
+        rng = random.Random(f"texts-{width}x{height}")
+        scenes = load_pool(width, height).scenes
+        written = [captions.write(scene, rng) for scene in scenes for _ in range(CAPTIONS)]
+        parts: list[tuple[Tensor, Tensor]] = []
+        with torch.inference_mode():
+            for start in range(0, len(written), 64):
+                tokens, pooled = text(written[start : start + 64])
+                parts.append((tokens.half(), pooled.half()))
+        tokens, pooled = (torch.cat(column).unflatten(0, (-1, CAPTIONS)) for column in zip(*parts, strict=True))
+        keep(path_of(width, height, "texts"), {"tokens": tokens, "pooled": pooled})
+
+
+def keep(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    torch.save(content, partial)
+    partial.replace(path)
+
+
+def as_list(scene: Scene) -> list[Any]:
+    things = [[t.shape, t.color, t.size, t.place, t.outline] for t in scene.things]
+    ground = scene.ground
+    return [things, [ground.kind, ground.color, ground.second, ground.axis], scene.relation]
+
+
+def load_pool(width: int, height: int) -> Pool:
+    kept = torch.load(path_of(width, height), weights_only=True)
+    kept["scenes"] = [
+        Scene(tuple(Thing(*thing) for thing in things), Ground(*ground), relation)
+        for things, ground, relation in kept["scenes"]
+    ]
+    return Pool(**kept)
+
+
+def load_texts(width: int, height: int) -> Texts:
+    return Texts(**torch.load(path_of(width, height, "texts"), weights_only=True))
