@@ -66,7 +66,7 @@ def make_pool(width: int, height: int, count: int, vae: Any) -> Pool:
     latents: list[Tensor] = []
     maps: list[np.ndarray] = []
     boxes: list[list[list[float]]] = []
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         while len(scenes) < count:
             pictures: list[Image.Image] = []
             for _ in range(4):  # more would leave the cache
