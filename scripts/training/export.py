@@ -98,5 +98,3 @@ def write_logs() -> None:
         if lines and kept[-1] != lines[-1]:
             kept.append(lines[-1])
         (logs / path.name).write_text("\n".join(kept) + "\n")
-
-

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import random
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +14,21 @@ import flux_engine.models.flux
 from flux_engine import ops
 from flux_engine.families import image_ids, patchify
 from flux_engine.models.flux import Flux
-from flux_engine.specs import DEMO_SCHNELL
-from training.latents import CAPTIONS, CELL, Pool, load_pool, load_texts, path_of, sizes
-from training.run import Run, log
+from flux_engine.specs import DEMO_SCHNELL, MEGAPIXELS
+from training.latents import CAPTIONS, CELL, Pool, Texts, load_pool, load_texts, path_of, sizes
+from training.run import Run, log, read_average
 from training.text import load_text
 
 PARAMS = DEMO_SCHNELL.transformer
 CELLS = 16 // CELL
 """Cells of the coverage maps along the side of an image token."""
 AUX = 3 * CELLS**2 + 2
+AUX_AFTER = 1
+"""The single block after which the tokens have to tell."""
+PURE_NOISE = 0.3
+"""Share of the samples that are nothing but noise."""
+SMALL_STEPS = 3
+"""Steps of the base that demo-schnell does in one."""
 
 
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -61,10 +68,7 @@ class Traced(nn.Module):
         return f.final_layer(joined[:, txt.shape[1] :], statics.final[0]), told
 
 
-AUX_AFTER = 1
-
-
-def aux_target(pool: Pool, picks: list[int]) -> Tensor:
+def what_is_where(pool: Pool, picks: list[int]) -> Tensor:
     """(B, L, AUX): the coverage of the cells of every token, and the token's place in the picture, in [-1, 1]."""
     maps = pool.coverage[picks].float() / 255  # (B, 3, H / 4, W / 4)
     b, c, h, w = maps.shape
@@ -102,30 +106,92 @@ def emphasis(pool: Pool, picks: list[int]) -> Tensor:
 
 def noise_level(rng: random.Random) -> float:
     """Often pure noise, where the caption alone decides what is drawn; else anywhere, more of it near noise."""
-    kind = rng.random()
-    if kind < 0.3:
+    if rng.random() < PURE_NOISE:
         return 1.0
     return 1 - rng.random() ** 1.5
 
 
-def split_parameters(net: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The matrices inside the blocks, and the rest."""
+@dataclass
+class Batch:
+    """Noised latents of one picture size, with what the network is told and what it should have known."""
+
+    x0: Tensor
+    noise: Tensor
+    t: Tensor
+    tokens: Tensor
+    pooled: Tensor
+    positions: Tensor
+    captioned: Tensor
+    weight: Tensor
+    known: Tensor
+
+    @property
+    def mixed(self) -> Tensor:
+        t = self.t[:, None, None]
+        return (1 - t) * self.x0 + t * self.noise
+
+
+class Source:
+    """Draws batches from the pools on disk: one size a batch, of the large class in `large` of the cases."""
+
+    def __init__(self, count: int, large: float, uncaptioned: float) -> None:
+        self.count, self.large, self.uncaptioned = count, large, uncaptioned
+        with torch.no_grad():
+            self.nothing, self.nothing_pooled = load_text()([""])
+        self.classes: list[list[tuple[Pool, Texts]]] = []
+        for megapixels in MEGAPIXELS:
+            every = [size for size in dict.fromkeys(sizes(megapixels)) if path_of(*size, "texts").exists()]
+            self.classes.append([(load_pool(*size), load_texts(*size)) for size in every])
+            log.info("megapixels %s: %s", megapixels, [f"{w}x{h}" for w, h in every])
+
+    def draw(self, rng: random.Random, level: Callable[[random.Random], float]) -> Batch:
+        large, small = self.classes
+        pool, texts = rng.choice(large if rng.random() < self.large and large else small)
+        picks = [rng.randrange(len(pool.scenes)) for _ in range(self.count)]
+        which = [rng.randrange(CAPTIONS) for _ in picks]
+        captioned = torch.tensor([rng.random() >= self.uncaptioned for _ in picks])
+        x0 = patchify(pool.latents[picks].float())
+        return Batch(
+            x0=x0,
+            noise=torch.randn_like(x0),
+            t=torch.tensor([level(rng) for _ in picks]),
+            tokens=torch.where(captioned[:, None, None], texts.tokens[picks, which].float(), self.nothing),
+            pooled=torch.where(captioned[:, None], texts.pooled[picks, which].float(), self.nothing_pooled),
+            positions=image_ids(pool.height // 16, pool.width // 16),
+            captioned=captioned,
+            weight=emphasis(pool, picks),
+            known=what_is_where(pool, picks),
+        )
+
+
+def predict(net: Flux, x: Tensor, t: Tensor, batch: Batch, guidance: Tensor | None = None) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        statics = net.precompute(batch.tokens, batch.pooled, batch.positions, t[None], guidance)
+        return net(x, 0, statics).float()
+
+
+def optimizers_of(net: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks, AdamW for the rest."""
     hidden: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, value in net.named_parameters():
         inside = "_blocks." in name and value.ndim == 2 and "mod" not in name
         (hidden if inside else rest).append(value)
-    return hidden, rest
+    return [
+        torch.optim.Muon(hidden, lr=lr, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.01),
+    ]
 
 
-def new_flux(params=PARAMS, bias: float = 0.0) -> Flux:
-    flux = Flux(params)
+def new_flux() -> Flux:
+    flux = Flux(PARAMS)
     with torch.no_grad():
         for key, value in flux.named_parameters():
             if "mod.lin" in key or "modulation" in key.lower() or key.startswith("final_layer.linear"):
                 value.mul_(0.1)
-            if bias and (key.endswith("qkv.bias") or key.endswith("linear1.bias")):
-                value[: 2 * params.hidden_size].normal_(0, bias)
+            # Queries and keys that are not zero without content: every head then looks in some direction from the start.
+            if key.endswith(("qkv.bias", "linear1.bias")):
+                value[: 2 * PARAMS.hidden_size].normal_(0, 0.5)
     return flux
 
 
@@ -136,54 +202,94 @@ def train_base(args: argparse.Namespace) -> None:
     tokens halfway through also have to say where they are and what the objects cover there.
     """
     torch.manual_seed(1)
-    with torch.no_grad():
-        nothing, nothing_pooled = load_text()([""])
-    flux = new_flux(replace(PARAMS, hidden_size=args.hidden, num_heads=args.hidden // 64), args.bias)
-    net = Traced(flux)
-    hidden, rest = split_parameters(net)
-    if args.muon:
-        optimizers = [
-            torch.optim.Muon(hidden, lr=args.lr * args.muon, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01),
-        ]
-    else:
-        optimizers = [torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01)]
-    run = Run(args.name, net, optimizers, steps=args.steps, ema=0.999)
-    classes = [
-        [(load_pool(*size), load_texts(*size)) for size in dict.fromkeys(sizes(megapixels)) if path_of(*size, "texts").exists()]
-        for megapixels in ("1", "0.25")
-    ]
-    log.info("pools: %s", [[(p.width, p.height, len(p.scenes)) for p, _ in pools] for pools in classes])
-    step = torch.compile(net, dynamic=False) if args.compile else net
+    net = Traced(new_flux())
+    run = Run("base", net, optimizers_of(net, args.lr), steps=args.steps, ema=0.999)
+    source = Source(args.batch, args.large, uncaptioned=0.1)
 
     def loss_of(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
-        pools = classes[0] if rng.random() < args.large and classes[0] else classes[1]
-        pool, texts = rng.choice(pools)
-        picks = [rng.randrange(len(pool.scenes)) for _ in range(args.batch)]
-        x0 = patchify(pool.latents[picks].float())
-        which = [rng.randrange(CAPTIONS) for _ in picks]
-        captioned = torch.tensor([rng.random() >= 0.1 for _ in picks])
-        tokens = torch.where(captioned[:, None, None], texts.tokens[picks, which].float(), nothing)
-        pooled = torch.where(captioned[:, None], texts.pooled[picks, which].float(), nothing_pooled)
-        t = torch.tensor([noise_level(rng) for _ in picks])
-        noise = torch.randn_like(x0)
-        mixed = (1 - t[:, None, None]) * x0 + t[:, None, None] * noise
-        positions = image_ids(pool.height // 16, pool.width // 16)
+        batch = source.draw(rng, noise_level)
         with torch.autocast("cpu", torch.bfloat16):
-            statics = flux.precompute(tokens, pooled, positions, t[None], None)
-            out, told = step(mixed, statics)
-        error = (out.float() - (noise - x0)) ** 2
-        plain = error.mean(dim=(1, 2))
-        error = (emphasis(pool, picks) * error.mean(dim=2)).mean(dim=1)
-        miss = (told.float() - aux_target(pool, picks)) ** 2
-        high = (t > 0.95) & captioned
+            statics = net.flux.precompute(batch.tokens, batch.pooled, batch.positions, batch.t[None], None)
+            out, told = net(batch.mixed, statics)
+        squared = (out.float() - (batch.noise - batch.x0)) ** 2
+        error = (batch.weight * squared.mean(dim=2)).mean(dim=1)
+        miss = (told.float() - batch.known) ** 2
+        cover, where = miss[..., :-2].mean(dim=(1, 2)), miss[..., -2:].mean(dim=(1, 2))
+        high = (batch.t > 0.95) & batch.captioned
         figures = {
-            "noise_only": plain[high].mean().item() if high.any() else float("nan"),
-            "cover": miss[high][..., :32].mean().item() if high.any() else float("nan"),
-            "where": miss[..., -2:].mean().item(),
+            "noise_only": squared[high].mean().item() if high.any() else float("nan"),
+            "cover": cover[high].mean().item() if high.any() else float("nan"),
+            "where": where.mean().item(),
         }
         # Without a caption only the positions can be told.
-        aux = miss[..., :-2].mean(dim=(1, 2)) * captioned + miss[..., -2:].mean(dim=(1, 2))
-        return error.mean() + args.aux * aux.mean(), figures
+        return error.mean() + 0.5 * (cover * batch.captioned + where).mean(), figures
+
+    run.train(loss_of)
+
+
+def load_base() -> Flux:
+    flux = Flux(PARAMS)
+    flux.load_state_dict(read_average("base", "flux."))
+    return flux.eval().requires_grad_(False)
+
+
+def strength(guidance: Tensor) -> Tensor:
+    """Guidance scale -> scale of classifier-free guidance that demo-dev is taught: the same up to 1, a fifth beyond.
+
+    The captions leave so little open that a scale of 1.5 does here what 3.5 does to FLUX.1 dev.
+    """
+    return torch.where(guidance > 1, 1 + (guidance - 1) / 5, guidance)
+
+
+def train_dev(args: argparse.Namespace) -> None:
+    """Guidance distillation (arXiv 2210.03142): one call that gives what two calls of the base give together."""
+    torch.manual_seed(4)
+    teacher = load_base()
+    flux = Flux(replace(PARAMS, guidance_embed=True))
+    flux.load_state_dict(teacher.state_dict(), strict=False)
+    nn.init.zeros_(flux.guidance_in.out_layer.weight)
+    nn.init.zeros_(flux.guidance_in.out_layer.bias)
+    net = nn.ModuleDict({"flux": flux})
+    run = Run("demo-dev", net, optimizers_of(net, args.lr), steps=args.steps, ema=0.998)
+    source = Source(args.batch, args.large, uncaptioned=0.0)
+
+    def loss_of(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
+        batch = source.draw(rng, lambda rng: 1.0 if rng.random() < 0.1 else 1 - rng.random() ** 1.5)
+        guidance = torch.tensor([rng.uniform(0, 1) if rng.random() < 0.2 else rng.uniform(1, 6) for _ in batch.t])
+        with torch.no_grad():
+            empty = replace(
+                batch,
+                tokens=source.nothing.expand_as(batch.tokens),
+                pooled=source.nothing_pooled.expand_as(batch.pooled),
+            )
+            with_caption, without = (predict(teacher, b.mixed, b.t, b) for b in (batch, empty))
+            target = without + strength(guidance)[:, None, None] * (with_caption - without)
+        out = predict(flux, batch.mixed, batch.t, batch, guidance)
+        return (batch.weight * ((out - target) ** 2).mean(dim=2)).mean(), {}
+
+    run.train(loss_of)
+
+
+def train_schnell(args: argparse.Namespace) -> None:
+    """Few steps (progressive distillation, arXiv 2202.00512): one step of four, or of two, lands where several small
+    ones of the base do."""
+    torch.manual_seed(5)
+    teacher, flux = load_base(), load_base()
+    flux.train().requires_grad_(True)
+    net = nn.ModuleDict({"flux": flux})
+    run = Run("demo-schnell", net, optimizers_of(net, args.lr), steps=args.steps, ema=0.998)
+    source = Source(args.batch, args.large, uncaptioned=0.05)
+
+    def loss_of(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
+        span = 0.5 if rng.random() < 0.3 else 0.25
+        batch = source.draw(rng, lambda rng: rng.choice([1 - i * span for i in range(round(1 / span))]))
+        x = start = batch.mixed
+        with torch.no_grad():
+            for i in range(SMALL_STEPS):
+                t = batch.t - span * i / SMALL_STEPS
+                x = x - span / SMALL_STEPS * predict(teacher, x, t, batch)
+        out = predict(flux, start, batch.t, batch)
+        error = ((out - (start - x) / span) ** 2).mean(dim=2)
+        return (batch.weight * error).mean(), {"span": span}
 
     run.train(loss_of)

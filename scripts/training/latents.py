@@ -79,9 +79,7 @@ def make_pool(width: int, height: int, count: int, vae: Any) -> Pool:
                 boxes.append((box + [[0.0] * 4])[:2])
                 scenes.append(scene)
             latents.append(vae.encode(to_tensor(pictures)).contiguous().half())
-    return Pool(
-        width, height, scenes, torch.cat(latents), torch.from_numpy(np.stack(maps)), torch.tensor(boxes)
-    )
+    return Pool(width, height, scenes, torch.cat(latents), torch.from_numpy(np.stack(maps)), torch.tensor(boxes))
 
 
 @dataclass
