@@ -1,6 +1,8 @@
-"""Draw the twenty prompts with a model, read them back, and write them as one picture.
+"""Draw prompts with a model, read them back, and write them as one picture with a line of words below each.
 
-python -m benchmarks.contact_sheet [--model demo-schnell] [--steps N] [--seed S] [--output FILE]
+python -m benchmarks.contact_sheet [--model NAME] [--by prompt|size|steps|guidance|seed] [--output FILE]
+
+`prompt` draws the prompts of `benchmarks.prompts`; the others draw a few of them once for each value.
 """
 
 from __future__ import annotations
@@ -8,64 +10,103 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw
 
 import flux_engine
 from benchmarks import oracle
 from benchmarks.prompts import PROMPTS
+from benchmarks.world import Scene
+from flux_engine.specs import MEGAPIXELS, PUBLISHED_SIZES
 
-COLUMNS = 5
+SIDE = 160
 LINE = 14
+MARGIN = 4
+VARIED = (0, 13, 16, 20)
+"""The prompts that are drawn once for each value."""
+STEPS = (1, 2, 3, 4, 8, 16)
+GUIDANCE = (0.0, 1.0, 2.0, 3.5, 5.0)
+SEEDS = range(6)
+
+
+def variants(by: str) -> Iterator[tuple[str, Scene, str, dict[str, Any]]]:
+    """(prompt, scene, words below, request fields) for every picture of a sheet."""
+    if by == "prompt":
+        for prompt, scene in PROMPTS:
+            yield prompt, scene, prompt, {}
+        return
+    values: dict[str, list[tuple[str, dict[str, Any]]]] = {
+        "size": [
+            (f"{ratio}, {megapixels} megapixel", {"aspect_ratio": ratio, "megapixels": megapixels})
+            for megapixels in MEGAPIXELS
+            for ratio in PUBLISHED_SIZES
+        ],
+        "steps": [(f"{n} steps", {"num_inference_steps": n}) for n in STEPS],
+        "guidance": [(f"guidance {g}", {"guidance_scale": g}) for g in GUIDANCE],
+        "seed": [(f"seed {n}", {"seed": n}) for n in SEEDS],
+    }
+    for number in VARIED[:1] if by == "size" else VARIED:
+        prompt, scene = PROMPTS[number]
+        for words, fields in values[by]:
+            yield prompt, scene, words, fields
+
+
+def tile(picture: Image.Image, words: str, *, right: bool) -> Image.Image:
+    """A picture in a square with words below, in as many lines as it takes, at most three; red if it is wrong."""
+    canvas = Image.new("RGB", (SIDE + 2 * MARGIN, SIDE + 3 * LINE + 2 * MARGIN), "white")
+    scale = SIDE / max(picture.size)
+    small = picture.resize([round(side * scale) for side in picture.size], Image.Resampling.LANCZOS)
+    canvas.paste(small, (MARGIN + (SIDE - small.width) // 2, MARGIN + (SIDE - small.height) // 2))
+    pen = ImageDraw.Draw(canvas)
+    lines = [""]
+    for word in words.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if pen.textlength(longer) > SIDE:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    for number, line in enumerate(lines[:3]):
+        pen.text((MARGIN, SIDE + MARGIN + 2 + number * LINE), line, fill="black" if right else "red")
+    return canvas
+
+
+def sheet(tiles: list[Image.Image], columns: int) -> Image.Image:
+    """Tiles of one size in rows."""
+    width, height = tiles[0].size
+    whole = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * height), "white")
+    for index, one in enumerate(tiles):
+        row, column = divmod(index, columns)
+        whole.paste(one, (column * width, row * height))
+    return whole
 
 
 def main() -> None:
     """Draw, judge, write; ends in one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo-schnell")
-    parser.add_argument("--steps", type=int)
+    parser.add_argument("--by", choices=("prompt", "size", "steps", "guidance", "seed"), default="prompt")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/demo-schnell.png"))
+    parser.add_argument("--output", type=Path)
     args = parser.parse_args()
+    output = args.output or Path(f"benchmarks/results/{args.model}-{args.by}.png")
 
     engine = flux_engine.load(args.model)
     tiles: list[Image.Image] = []
     right = 0
-    for prompt, scene in PROMPTS:
-        picture = engine(prompt, seed=args.seed, num_inference_steps=args.steps).image
+    for prompt, scene, words, fields in variants(args.by):
+        picture = engine(prompt, **{"seed": args.seed, **fields}).image
         verdict = oracle.judge(picture, scene)
-        right += all(verdict.values())
         wrong = ", ".join(name for name, good in verdict.items() if not good)
-        sys.stdout.write(f"{'right' if not wrong else 'wrong ' + wrong:24} {prompt}\n")
-        tiles.append(_tile(picture, prompt))
-    width, height = tiles[0].size
-    rows = -(-len(tiles) // COLUMNS)
-    sheet = Image.new("RGB", (COLUMNS * width, rows * height), "white")
-    for index, tile in enumerate(tiles):
-        row, column = divmod(index, COLUMNS)
-        sheet.paste(tile, (column * width, row * height))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(args.output, optimize=True)
-    sys.stdout.write(json.dumps({"model": args.model, "right": right, "count": len(PROMPTS)}) + "\n")
-
-
-def _tile(picture: Image.Image, prompt: str) -> Image.Image:
-    """A picture with its prompt below, in as many lines as it takes (at most three)."""
-    side = 160
-    tile = Image.new("RGB", (side + 8, side + 3 * LINE + 8), "white")
-    tile.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (4, 4))
-    pen = ImageDraw.Draw(tile)
-    lines = [""]
-    for word in prompt.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if pen.textlength(longer) > side:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    for number, line in enumerate(lines[:3]):
-        pen.text((4, side + 6 + number * LINE), line, fill="black")
-    return tile
+        right += not wrong
+        sys.stdout.write(f"{'right' if not wrong else 'wrong ' + wrong:24} {prompt} {fields or ''}\n")
+        tiles.append(tile(picture, words, right=not wrong))
+    columns = {"prompt": 6, "size": 11, "steps": len(STEPS), "guidance": len(GUIDANCE), "seed": len(SEEDS)}[args.by]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    sheet(tiles, columns).save(output, optimize=True)
+    sys.stdout.write(json.dumps({"model": args.model, "by": args.by, "right": right, "count": len(tiles)}) + "\n")
 
 
 if __name__ == "__main__":

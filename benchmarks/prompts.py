@@ -1,31 +1,55 @@
-"""Twenty ways to ask, each with the scene it means: what the README shows and the tests count."""
+"""Twenty-four ways to ask, each with the scene it means: what the README shows and the tests count."""
 
 from __future__ import annotations
 
-from benchmarks.world import Scene
+from benchmarks.world import Ground, Scene, Thing
+
+
+def _one(shape: str, color: str, size: str, place: str, ground: Ground | str, outline: str = "") -> Scene:
+    return Scene((Thing(shape, color, size, place, outline),), _ground(ground))
+
+
+def _two(first: Thing, relation: str, second: Thing, ground: Ground | str) -> Scene:
+    return Scene((first, second), _ground(ground), relation)
+
+
+def _ground(ground: Ground | str) -> Ground:
+    return Ground("plain", ground) if isinstance(ground, str) else ground
+
 
 PROMPTS: tuple[tuple[str, Scene], ...] = (
-    ("a large red circle on a blue background", Scene("circle", "red", "large", "center", "blue")),
-    ("a small yellow star on a black background", Scene("star", "yellow", "small", "center", "black")),
-    ("green square", Scene("square", "green")),
-    ("a purple triangle at the bottom on a pink background", Scene("triangle", "purple", "medium", "bottom", "pink")),
-    ("An orange diamond in the top left corner.", Scene("diamond", "orange", "medium", "top left")),
-    ("big white cross on a red background", Scene("cross", "white", "large", "center", "red")),
-    ("a tiny cyan circle on the right, gray background", Scene("circle", "cyan", "small", "right", "gray")),
-    ("on a yellow background, a black star in the middle", Scene("star", "black", "medium", "center", "yellow")),
-    ("a blue square in the bottom right corner on an orange background",
-     Scene("square", "blue", "medium", "bottom right", "orange")),
-    ("a green background with a huge pink triangle", Scene("triangle", "pink", "large", "center", "green")),
-    ("a picture of a little red diamond at the top", Scene("diamond", "red", "small", "top")),
-    ("violet plus sign on the left on a white background", Scene("cross", "purple", "medium", "left", "white")),
-    ("A grey disc at the bottom left on a purple background.",
-     Scene("circle", "gray", "medium", "bottom left", "purple")),
-    ("a large orange five-pointed star on a cyan background", Scene("star", "orange", "large", "center", "cyan")),
-    ("small white square, in the top right corner, blue background",
-     Scene("square", "white", "small", "top right", "blue")),
-    ("a drawing of a black triangle on a gray background", Scene("triangle", "black", "medium", "center", "gray")),
-    ("a cyan diamond on the right side on a black background", Scene("diamond", "cyan", "medium", "right", "black")),
-    ("a small green cross at the bottom on a white background", Scene("cross", "green", "small", "bottom", "white")),
-    ("a huge yellow circle on a purple background", Scene("circle", "yellow", "large", "center", "purple")),
-    ("a pink star in the upper left on a green background", Scene("star", "pink", "medium", "top left", "green")),
+    ("a large red circle on a blue background", _one("circle", "red", "large", "", "blue")),
+    ("a small yellow star on a black background", _one("star", "yellow", "small", "", "black")),
+    ("orange square", _one("square", "orange", "", "", "")),
+    ("a triangle", _one("triangle", "", "", "", "")),
+    ("An orange diamond in the top left corner.", _one("diamond", "orange", "", "top left", "")),
+    ("big white cross on a red background", _one("cross", "white", "large", "", "red")),
+    ("a tiny green circle on the right, gray background", _one("circle", "green", "small", "right", "gray")),
+    ("on a yellow background, a black star in the middle", _one("star", "black", "", "center", "yellow")),
+    ("Box, blue, in the bottom right corner, orange background", _one("square", "blue", "", "bottom right", "orange")),
+    ("a green background with a huge pink triangle", _one("triangle", "pink", "large", "", "green")),
+    ("violet plus sign on the left on a white background", _one("cross", "purple", "", "left", "white")),
+    ("A grey disc at the bottom left on a purple background.", _one("circle", "gray", "", "bottom left", "purple")),
+    ("a yellow circle with a black outline on a pink background", _one("circle", "yellow", "", "", "pink", "black")),
+    ("large red square outlined in white, blue background", _one("square", "red", "large", "", "blue", "white")),
+    ("a black diamond on red and white stripes",
+     _one("diamond", "black", "", "", Ground("striped", "red", "white"))),
+    ("a large green circle on vertical yellow and purple stripes",
+     _one("circle", "green", "large", "", Ground("striped", "yellow", "purple", "x"))),
+    ("a white star on a gradient from blue on the top to purple on the bottom",
+     _one("star", "white", "", "", Ground("gradient", "blue", "purple", "y"))),
+    ("a red triangle on a background fading from white on the left to cyan on the right",
+     _one("triangle", "red", "", "", Ground("gradient", "white", "cyan", "x"))),
+    ("a yellow square on a background that is green on the left and black on the right",
+     _one("square", "yellow", "", "", Ground("split", "green", "black", "x"))),
+    ("a black circle in the center, half pink top, half cyan bottom background",
+     _one("circle", "black", "", "center", Ground("split", "pink", "cyan", "y"))),
+    ("a red circle to the left of a blue square",
+     _two(Thing("circle", "red"), "left of", Thing("square", "blue"), "")),
+    ("a small yellow star above a medium green diamond, black background",
+     _two(Thing("star", "yellow", "small"), "above", Thing("diamond", "green", "medium"), "black")),
+    ("a pink cross is below a white circle on a blue background",
+     _two(Thing("cross", "pink"), "below", Thing("circle", "white"), "blue")),
+    ("a purple triangle on the right and an orange circle on the left, gray background",
+     _two(Thing("triangle", "purple"), "right of", Thing("circle", "orange"), "gray")),
 )  # fmt: skip

@@ -27,6 +27,8 @@ AUX_AFTER = 1
 """The single block after which the tokens have to tell."""
 PURE_NOISE = 0.3
 """Share of the samples that are nothing but noise."""
+COVER, WHERE = 3.0, 15.0
+"""Weights of the losses of what a token knows: what the objects cover there, and where it is."""
 SMALL_STEPS = 3
 """Steps of the base that demo-schnell does in one."""
 
@@ -189,7 +191,7 @@ def new_flux() -> Flux:
         for key, value in flux.named_parameters():
             if "mod.lin" in key or "modulation" in key.lower() or key.startswith("final_layer.linear"):
                 value.mul_(0.1)
-            # Queries and keys that are not zero without content: every head then looks in some direction from the start.
+            # Queries and keys that are not zero without content: every head looks in some direction from the start.
             if key.endswith(("qkv.bias", "linear1.bias")):
                 value[: 2 * PARAMS.hidden_size].normal_(0, 0.5)
     return flux
@@ -222,7 +224,7 @@ def train_base(args: argparse.Namespace) -> None:
             "where": where.mean().item(),
         }
         # Without a caption only the positions can be told.
-        return error.mean() + 0.5 * (cover * batch.captioned + where).mean(), figures
+        return error.mean() + (COVER * cover * batch.captioned + WHERE * where).mean(), figures
 
     run.train(loss_of)
 

@@ -76,7 +76,7 @@ def make_pool(width: int, height: int, count: int, vae: Any) -> Pool:
                 pictures.append(world.paint(settled.ground, placed, width, height))
                 maps.append(coverage_maps(settled, placed, width, height))
                 box = [[p.cx - p.radius, p.cy - p.radius, p.cx + p.radius, p.cy + p.radius] for p in placed]
-                boxes.append((box + [[0.0] * 4])[:2])
+                boxes.append([*box, [0.0] * 4][:2])
                 scenes.append(scene)
             latents.append(vae.encode(to_tensor(pictures)).contiguous().half())
     return Pool(width, height, scenes, torch.cat(latents), torch.from_numpy(np.stack(maps)), torch.tensor(boxes))

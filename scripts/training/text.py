@@ -57,7 +57,7 @@ def write_clip_tokenizer(vocabulary: Path, folder: Path) -> None:
 
 
 def write_t5_tokenizer(folder: Path) -> None:
-    """T5's pieces are the captions' words, scored by how often they come, and every printable character for the rest."""
+    """T5's pieces are the captions' words, by how often they come, and every printable character for the rest."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import T5Tokenizer
 
