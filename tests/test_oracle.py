@@ -190,12 +190,11 @@ def test_objects_that_the_words_do_not_tell_apart_may_change_places() -> None:
         assert oracle.judge(picture, Scene(things, relation=relation))["relation"] is right, (things, relation)
 
 
-def test_an_object_that_the_border_cuts_is_read() -> None:
-    rng = random.Random(3)
-    for shape in world.SHAPES:
-        placed = Placed(shape, "red", "", 0.2 * 128, 0.5 * 128, 0.32 * 128)
-        found = oracle.read(world.paint(Ground("plain", "white"), [placed], 128, 128)).objects
-        assert [(each.shape, each.size) for each in found] == [(shape, "large")], (shape, found, rng)
+@pytest.mark.parametrize("shape", world.SHAPES)
+def test_an_object_that_the_border_cuts_is_read(shape: str) -> None:
+    placed = Placed(shape, "red", "", 0.2 * 128, 0.5 * 128, 0.32 * 128)
+    found = oracle.read(world.paint(Ground("plain", "white"), [placed], 128, 128)).objects
+    assert [(each.shape, each.color, each.size) for each in found] == [(shape, "red", "large")]
 
 
 @pytest.mark.parametrize(
@@ -228,11 +227,12 @@ def test_world_and_oracle_are_frozen() -> None:
     """Trained models and published figures depend on both: who changes one raises its VERSION, and this digest."""
     digest = hashlib.sha256()
     rng = random.Random(4)
-    scene = world.sample_scene(rng, held_out=None)
-    for number in range(12):
+    scene = world.sample_scene(rng)
+    for size in SIZES[:12]:
         before, scene = scene, world.sample_scene(rng, held_out=None, marked=0.1)
-        picture = world.draw(scene, *SIZES[number], rng)
+        picture = world.draw(scene, *size, rng)
+        digest.update(picture.tobytes())
         for judged in (picture, compressed(picture, rng)):
             verdicts = [sorted(oracle.judge(judged, each).items()) for each in (scene, before)]
-            digest.update(judged.tobytes() + repr(verdicts).encode() if judged is picture else repr(verdicts).encode())
-    assert (world.VERSION, oracle.VERSION, digest.hexdigest()[:16]) == (1, 1, "")
+            digest.update(repr(verdicts).encode())
+    assert (world.VERSION, oracle.VERSION, digest.hexdigest()[:16]) == (1, 1, "c50983231d2126a9")

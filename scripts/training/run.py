@@ -70,13 +70,14 @@ class Run:
         partial.replace(self.path)
 
     def factor(self) -> float:
-        """Of the learning rate: up over 100 steps, level, and down to a fiftieth over the last third."""
+        """Of the learning rate: up over 100 steps, level, and down to a fiftieth over the last fifth."""
         warm = min(1.0, (self.step + 1) / 100)
-        return warm * max(0.02, min(1.0, 3 * (1 - self.step / self.steps)))
+        return warm * max(0.02, min(1.0, 5 * (1 - self.step / self.steps)))
 
     def train(self, loss_of: LossOf) -> None:
         """`loss_of(rng)` draws a batch and returns the loss, and figures for the log."""
         began = saved = time.monotonic()
+        recent: list[Mapping[str, float]] = []
         while self.step < self.steps:
             rng = random.Random(f"{self.name}-{self.step}")
             torch.manual_seed(rng.getrandbits(32))
@@ -96,16 +97,21 @@ class Run:
             now = time.monotonic()
             self.seconds += now - began
             began = now
+            recent.append({"loss": loss.item(), "grad_norm": norm.item(), **figures})
             if self.step % 50 == 0:
-                self._write(loss.item(), norm.item(), figures)
+                self._write(recent)
+                recent.clear()
             if now - saved > 120:
                 self.save()
                 saved = now
         self.save()
 
-    def _write(self, loss: float, norm: float, figures: Mapping[str, float]) -> None:
-        line: dict[str, Any] = {"step": self.step, "seconds": round(self.seconds, 1), "loss": round(loss, 5)}
-        line |= {"grad_norm": round(norm, 3)} | {k: round(v, 5) for k, v in figures.items()}
+    def _write(self, recent: Sequence[Mapping[str, float]]) -> None:
+        """A line with the mean of every figure since the last one, leaving out steps that had none."""
+        line: dict[str, Any] = {"step": self.step, "seconds": round(self.seconds, 1)}
+        for key in recent[0]:
+            values = [figures[key] for figures in recent if figures[key] == figures[key]]
+            line[key] = round(sum(values) / len(values), 5) if values else None
         with self.log.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
