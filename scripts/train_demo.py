@@ -69,6 +69,7 @@ def main() -> None:
     ):
         command = part(name, run, steps=steps, lr=lr, batch=32)
         command.add_argument("--large", type=float, default=0.5, help="share of batches at the full megapixel")
+        command.add_argument("--start", type=Path, help="weights to start from, a safetensors file")
         command.add_argument("--thin", type=float, default=0.0, help="share of those with half of their tokens")
 
     commands.add_parser("export").set_defaults(run=export.export)

@@ -8,27 +8,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import flux_engine.models.flux
 from flux_engine import ops
 from flux_engine.families import image_ids, patchify
-from flux_engine.models.flux import Flux
+from flux_engine.models.flux import Flux, FluxStatics
 from flux_engine.specs import DEMO_SCHNELL, MEGAPIXELS
-from training.latents import CAPTIONS, CELL, Pool, Texts, load_pool, load_texts, path_of, sizes
+from training import hints
+from training.latents import CAPTIONS, Pool, Texts, load_pool, load_texts, path_of, sizes
 from training.run import Run, log, read_average
 from training.text import load_text
 
 PARAMS = DEMO_SCHNELL.transformer
-CELLS = 16 // CELL
-"""Cells of the coverage maps along the side of an image token."""
-AUX = 3 * CELLS**2 + 2
-AUX_AFTER = 1
-"""The single block after which the tokens have to tell."""
 PURE_NOISE = 0.3
 """Share of the samples that are nothing but noise."""
-COVER, WHERE = 3.0, 4.0
-"""Weights of the losses of what a token knows: what the objects cover there, and where it is."""
 SMALL_STEPS = 3
 """Steps of the base that demo-schnell does in one."""
 
@@ -50,36 +45,28 @@ ops.apply_rotary = complex_rotary
 
 
 class Traced(nn.Module):
-    """A Flux that also tells what the image tokens know after the double blocks."""
+    """A Flux whose image tokens also tell what they know on the way."""
 
     def __init__(self, flux: Flux) -> None:
         super().__init__()
         self.flux = flux
-        self.head = nn.Sequential(nn.LayerNorm(PARAMS.hidden_size), nn.Linear(PARAMS.hidden_size, AUX))
+        self.heads = hints.Heads(PARAMS.hidden_size)
 
-    def forward(self, x: Tensor, statics) -> tuple[Tensor, Tensor]:
-        f = self.flux
-        img, txt = f.img_in(x), statics.txt
-        for block, (img_mod, txt_mod) in zip(f.double_blocks, statics.double, strict=True):
+    def forward(self, x: Tensor, statics: FluxStatics) -> tuple[Tensor, Tensor, Tensor]:
+        """-> velocity, facts, cover; one call, number 0."""
+        flux, txt = self.flux, statics.txt
+        img, words = flux.img_in(x), txt.shape[1]
+        for block, (img_mod, txt_mod) in zip(flux.double_blocks, statics.double, strict=True):
             img, txt = block(img, txt, img_mod[0], txt_mod[0], statics.cos, statics.sin)
+        facts = self.heads.facts(img)
         joined = torch.cat((txt, img), dim=1)
-        for number, (block, mod) in enumerate(zip(f.single_blocks, statics.single, strict=True)):
+        middle = len(statics.single) // 2
+        for block, mod in zip(flux.single_blocks[:middle], statics.single[:middle], strict=True):
             joined = block(joined, mod[0], statics.cos, statics.sin)
-            if number == AUX_AFTER:
-                told = self.head(joined[:, txt.shape[1] :])
-        return f.final_layer(joined[:, txt.shape[1] :], statics.final[0]), told
-
-
-def what_is_where(pool: Pool, picks: list[int]) -> Tensor:
-    """(B, L, AUX): the coverage of the cells of every token, and the token's place in the picture, in [-1, 1]."""
-    maps = pool.coverage[picks].float() / 255  # (B, 3, H / 4, W / 4)
-    b, c, h, w = maps.shape
-    rows, columns = h // CELLS, w // CELLS
-    cells = maps.reshape(b, c, rows, CELLS, columns, CELLS).permute(0, 2, 4, 1, 3, 5).reshape(b, rows * columns, -1)
-    y = (torch.arange(rows) + 0.5) / rows * 2 - 1
-    x = (torch.arange(columns) + 0.5) / columns * 2 - 1
-    where = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).reshape(1, rows * columns, 2)
-    return torch.cat((cells, where.expand(b, -1, -1)), dim=2)
+        cover = self.heads.cover(joined[:, words:])
+        for block, mod in zip(flux.single_blocks[middle:], statics.single[middle:], strict=True):
+            joined = block(joined, mod[0], statics.cos, statics.sin)
+        return flux.final_layer(joined[:, words:], statics.final[0]), facts, cover
 
 
 def emphasis(pool: Pool, picks: list[int]) -> Tensor:
@@ -125,7 +112,7 @@ class Batch:
     positions: Tensor
     captioned: Tensor
     weight: Tensor
-    known: Tensor
+    answers: hints.Answers
 
     @property
     def mixed(self) -> Tensor:
@@ -140,10 +127,11 @@ class Source:
         self.count, self.large, self.uncaptioned = count, large, uncaptioned
         with torch.no_grad():
             self.nothing, self.nothing_pooled = load_text()([""])
-        self.classes: list[list[tuple[Pool, Texts]]] = []
+        self.classes: list[list[tuple[Pool, Texts, hints.Asked]]] = []
         for megapixels in MEGAPIXELS:
             every = [size for size in dict.fromkeys(sizes(megapixels)) if path_of(*size, "texts").exists()]
-            self.classes.append([(load_pool(*size), load_texts(*size)) for size in every])
+            pools = [load_pool(*size) for size in every]
+            self.classes.append([(p, load_texts(p.width, p.height), hints.Asked(p)) for p in pools])
             log.info("megapixels %s: %s", megapixels, [f"{w}x{h}" for w, h in every])
 
     def draw(self, rng: random.Random, level: Callable[[random.Random], float], thin: float = 0.0) -> Batch:
@@ -151,7 +139,7 @@ class Source:
         class: neighbours tell nearly the same, so a step learns nearly as much for half the work (arXiv 2306.09305).
         """
         large, small = self.classes
-        pool, texts = rng.choice(large if rng.random() < self.large and large else small)
+        pool, texts, asked = rng.choice(large if rng.random() < self.large and large else small)
         picks = [rng.randrange(len(pool.scenes)) for _ in range(self.count)]
         which = [rng.randrange(CAPTIONS) for _ in picks]
         captioned = torch.tensor([rng.random() >= self.uncaptioned for _ in picks])
@@ -170,7 +158,7 @@ class Source:
             positions=image_ids(pool.height // 16, pool.width // 16)[kept],
             captioned=captioned,
             weight=emphasis(pool, picks)[:, kept],
-            known=what_is_where(pool, picks)[:, kept],
+            answers=asked.answers(picks).at(kept),
         )
 
 
@@ -208,11 +196,12 @@ def new_flux() -> Flux:
 def train_base(args: argparse.Namespace) -> None:
     """Flow matching (arXiv 2210.02747) on cached latents. One caption in ten is empty, for guidance.
 
-    What makes it learn positions soon, although FLUX tells its tokens only where they stand to one another: the
-    tokens halfway through also have to say where they are and what the objects cover there.
+    What makes it learn shapes soon is what the tokens are asked on the way (training/hints.py).
     """
     torch.manual_seed(1)
     net = Traced(new_flux())
+    if args.start:
+        net.flux.load_state_dict({k: v.float() for k, v in load_file(args.start).items()})
     run = Run("base", net, optimizers_of(net, args.lr), steps=args.steps, ema=0.999)
     source = Source(args.batch, args.large, uncaptioned=0.1)
 
@@ -220,19 +209,14 @@ def train_base(args: argparse.Namespace) -> None:
         batch = source.draw(rng, noise_level, args.thin)
         with torch.autocast("cpu", torch.bfloat16):
             statics = net.flux.precompute(batch.tokens, batch.pooled, batch.positions, batch.t[None], None)
-            out, told = net(batch.mixed, statics)
+            out, facts, cover = net(batch.mixed, statics)
         squared = (out.float() - (batch.noise - batch.x0)) ** 2
         error = (batch.weight * squared.mean(dim=2)).mean(dim=1)
-        miss = (told.float() - batch.known) ** 2
-        cover, where = miss[..., :-2].mean(dim=(1, 2)), miss[..., -2:].mean(dim=(1, 2))
+        told = batch.answers.losses(facts.float(), cover.float(), batch.captioned)
         high = (batch.t > 0.95) & batch.captioned
-        figures = {
-            "noise_only": squared[high].mean().item() if high.any() else float("nan"),
-            "cover": cover[high].mean().item() if high.any() else float("nan"),
-            "where": where.mean().item(),
-        }
-        # Without a caption only the positions can be told.
-        return error.mean() + (COVER * cover * batch.captioned + WHERE * where).mean(), figures
+        figures = {"noise_only": squared.mean(dim=(1, 2)), **told}
+        figures = {name: value[high].mean().item() for name, value in figures.items()}
+        return (error + sum(hints.WEIGHTS[name] * value for name, value in told.items())).mean(), figures
 
     run.train(loss_of)
 
