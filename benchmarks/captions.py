@@ -40,7 +40,9 @@ WORDS: dict[str, tuple[str, ...]] = {
 }
 """Attribute -> the ways to say it; an attribute without an entry is said as it is."""
 
-OPENINGS = ("a picture of", "an image of", "a drawing of", "an illustration of", "draw", "show me", "generate", "I want")
+OPENINGS = (
+    "a picture of", "an image of", "a drawing of", "an illustration of", "draw", "show me", "generate", "I want",
+)  # fmt: skip
 CLOSINGS = ("flat design", "vector art", "minimalist", "simple", "clean edges", "high quality", "4k")
 
 FIRST_SECOND = {"x": ("left", "right"), "y": ("top", "bottom")}
@@ -49,10 +51,7 @@ STRIPE_WORDS = {"x": "vertical", "y": "horizontal"}
 
 def write(scene: Scene, rng: random.Random) -> str:
     """One of many ways to ask for the scene."""
-    if len(scene.things) == 1:
-        text = _one(scene, rng)
-    else:
-        text = _two(scene, rng)
+    text = _one(scene, rng) if len(scene.things) == 1 else _two(scene, rng)
     if rng.random() < 0.15:
         text = f"{rng.choice(OPENINGS)} {text}"
     if rng.random() < 0.12:
@@ -183,6 +182,5 @@ def _two(scene: Scene, rng: random.Random) -> str:
     ground = _ground(scene.ground, rng)
     if not ground:
         return both
-    return rng.choice((f"{both}, {ground}", f"{both} on {_with_article(ground)}", f"on {_with_article(ground)}, {both}"))
-
-
+    on_ground = f"on {_with_article(ground)}"
+    return rng.choice((f"{both}, {ground}", f"{both} {on_ground}", f"{on_ground}, {both}"))

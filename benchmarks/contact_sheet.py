@@ -18,14 +18,14 @@ from PIL import Image, ImageDraw
 
 import flux_engine
 from benchmarks import oracle
-from benchmarks.prompts import PROMPTS
+from benchmarks.prompts import PROMPTS, WIDE
 from benchmarks.world import Scene
 from flux_engine.specs import MEGAPIXELS, PUBLISHED_SIZES
 
 SIDE = 160
 LINE = 14
 MARGIN = 4
-VARIED = (0, 13, 16, 20)
+VARIED = (PROMPTS[0], *WIDE[1:9:3])
 """The prompts that are drawn once for each value."""
 STEPS = (1, 2, 3, 4, 8, 16)
 GUIDANCE = (0.0, 1.0, 2.0, 3.5, 5.0)
@@ -48,8 +48,7 @@ def variants(by: str) -> Iterator[tuple[str, Scene, str, dict[str, Any]]]:
         "guidance": [(f"guidance {g}", {"guidance_scale": g}) for g in GUIDANCE],
         "seed": [(f"seed {n}", {"seed": n}) for n in SEEDS],
     }
-    for number in VARIED[:1] if by == "size" else VARIED:
-        prompt, scene = PROMPTS[number]
+    for prompt, scene in VARIED[:1] if by == "size" else VARIED:
         for words, fields in values[by]:
             yield prompt, scene, words, fields
 

@@ -1,4 +1,4 @@
-"""Twenty-four ways to ask, each with the scene it means: what the README shows and the tests count."""
+"""Ways to ask, each with the scene it means: what the README shows and the tests count."""
 
 from __future__ import annotations
 
@@ -17,19 +17,33 @@ def _ground(ground: Ground | str) -> Ground:
     return Ground("plain", ground) if isinstance(ground, str) else ground
 
 
-PROMPTS: tuple[tuple[str, Scene], ...] = (
+PLAIN: tuple[tuple[str, Scene], ...] = (
     ("a large red circle on a blue background", _one("circle", "red", "large", "", "blue")),
     ("a small yellow star on a black background", _one("star", "yellow", "small", "", "black")),
-    ("orange square", _one("square", "orange", "", "", "")),
-    ("a triangle", _one("triangle", "", "", "", "")),
+    ("green square", _one("square", "green", "", "", "")),
+    ("a purple triangle at the bottom on a pink background", _one("triangle", "purple", "", "bottom", "pink")),
     ("An orange diamond in the top left corner.", _one("diamond", "orange", "", "top left", "")),
     ("big white cross on a red background", _one("cross", "white", "large", "", "red")),
-    ("a tiny green circle on the right, gray background", _one("circle", "green", "small", "right", "gray")),
+    ("a tiny cyan circle on the right, gray background", _one("circle", "cyan", "small", "right", "gray")),
     ("on a yellow background, a black star in the middle", _one("star", "black", "", "center", "yellow")),
-    ("Box, blue, in the bottom right corner, orange background", _one("square", "blue", "", "bottom right", "orange")),
+    ("a blue square in the bottom right corner on an orange background",
+     _one("square", "blue", "", "bottom right", "orange")),
     ("a green background with a huge pink triangle", _one("triangle", "pink", "large", "", "green")),
+    ("a picture of a little red diamond at the top", _one("diamond", "red", "small", "top", "")),
     ("violet plus sign on the left on a white background", _one("cross", "purple", "", "left", "white")),
     ("A grey disc at the bottom left on a purple background.", _one("circle", "gray", "", "bottom left", "purple")),
+    ("a large orange five-pointed star on a cyan background", _one("star", "orange", "large", "", "cyan")),
+    ("small white square, in the top right corner, blue background",
+     _one("square", "white", "small", "top right", "blue")),
+    ("a drawing of a black triangle on a gray background", _one("triangle", "black", "", "", "gray")),
+    ("a cyan diamond on the right side on a black background", _one("diamond", "cyan", "", "right", "black")),
+    ("a small green cross at the bottom on a white background", _one("cross", "green", "small", "bottom", "white")),
+    ("a huge yellow circle on a purple background", _one("circle", "yellow", "large", "", "purple")),
+    ("a pink star in the upper left on a green background", _one("star", "pink", "", "top left", "green")),
+)  # fmt: skip
+"""One object on a plain background."""
+
+WIDE: tuple[tuple[str, Scene], ...] = (
     ("a yellow circle with a black outline on a pink background", _one("circle", "yellow", "", "", "pink", "black")),
     ("large red square outlined in white, blue background", _one("square", "red", "large", "", "blue", "white")),
     ("a black diamond on red and white stripes",
@@ -53,3 +67,6 @@ PROMPTS: tuple[tuple[str, Scene], ...] = (
     ("a purple triangle on the right and an orange circle on the left, gray background",
      _two(Thing("triangle", "purple"), "right of", Thing("circle", "orange"), "gray")),
 )  # fmt: skip
+"""Outlines, other backgrounds, two objects."""
+
+PROMPTS = (*PLAIN, *WIDE)

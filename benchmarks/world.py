@@ -227,9 +227,7 @@ def settle(scene: Scene, rng: random.Random) -> Scene:
             free = [
                 c
                 for c in contrasting(ground)
-                if c not in taken
-                and (thing.shape, c) not in HELD_OUT
-                and (not thing.outline or _far(c, thing.outline))
+                if c not in taken and (thing.shape, c) not in HELD_OUT and (not thing.outline or _far(c, thing.outline))
             ]
             color = rng.choice(free)
             taken.add(color)

@@ -201,10 +201,10 @@ FLUX_DEV = replace(
     guidance_scale=3.5,
 )
 
-# The demo models draw at a quarter of the published sizes: 1:1 is 256 px at one megapixel, 128 px at a quarter.
-DEMO_SCHNELL = replace(
-    FLUX_SCHNELL,
-    name="demo-schnell",
+# Draws at a quarter of the published sizes: 1:1 is 256 px at one megapixel, 128 px at a quarter of it.
+DEMO_DEV = replace(
+    FLUX_DEV,
+    name="demo-dev",
     transformer=FluxParams(
         vec_in_dim=64,
         context_in_dim=64,
@@ -213,19 +213,29 @@ DEMO_SCHNELL = replace(
         depth=2,
         depth_single_blocks=4,
         axes_dim=(8, 28, 28),
+        guidance_embed=True,
     ),
     vae=VAEParams(channels=16, channel_multipliers=(1, 2, 4, 4), norm_groups=8),
     sizes=SizeTable(divisor=4, min_side=32, max_side=512, max_pixels=512 * 512),
     max_sequence_length=40,
 )
 
-DEMO_DEV = replace(
-    DEMO_SCHNELL,
-    name="demo-dev",
-    transformer=replace(DEMO_SCHNELL.transformer, guidance_embed=True),
-    schedule=FLUX_DEV.schedule,
-    num_inference_steps=FLUX_DEV.num_inference_steps,
-    guidance_scale=FLUX_DEV.guidance_scale,
+# An earlier, smaller model, trained for one size: 128 px square, an eighth of the published one megapixel.
+DEMO_SCHNELL = replace(
+    FLUX_SCHNELL,
+    name="demo-schnell",
+    transformer=FluxParams(
+        vec_in_dim=64,
+        context_in_dim=64,
+        hidden_size=128,
+        num_heads=4,
+        depth=2,
+        depth_single_blocks=4,
+        axes_dim=(4, 14, 14),
+    ),
+    vae=DEMO_DEV.vae,
+    sizes=SizeTable(divisor=8, min_side=32, max_side=256, max_pixels=256 * 256),
+    max_sequence_length=48,
 )
 
 SPECS: Mapping[str, ModelSpec] = MappingProxyType(

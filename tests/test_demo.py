@@ -1,4 +1,4 @@
-"""The shipped models draw what they are asked for, at every size, from few steps, and guidance guides them."""
+"""The shipped model draws what it is asked for."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import pytest
 import torch
 
 import flux_engine
-from benchmarks import adherence, oracle, world
-from benchmarks.prompts import PROMPTS
+from benchmarks import oracle, world
+from benchmarks.prompts import PLAIN
 from flux_engine.engine import Engine
-from flux_engine.specs import MEGAPIXELS, PUBLISHED_SIZES
 
 
 @pytest.fixture(scope="module")
@@ -21,24 +20,17 @@ def schnell() -> Engine:
     return flux_engine.load("demo-schnell")
 
 
-@pytest.fixture(scope="module")
-def dev() -> Engine:
-    return flux_engine.load("demo-dev")
-
-
-@pytest.mark.parametrize(("model", "megapixels"), [("schnell", "1"), ("schnell", "0.25"), ("dev", "0.25")])
-def test_the_prompts_of_the_readme(model: str, megapixels: str, request: pytest.FixtureRequest) -> None:
-    engine: Engine = request.getfixturevalue(model)
+def test_the_prompts_of_the_readme(schnell: Engine) -> None:
     wrong: list[str] = []
-    for prompt, scene in PROMPTS:
-        verdict = oracle.judge(engine(prompt, seed=0, megapixels=megapixels).image, scene)
+    for prompt, scene in PLAIN:
+        verdict = oracle.judge(schnell(prompt, seed=0).image, scene)
         if not all(verdict.values()):
             wrong.append(f"{prompt}: {[name for name, good in verdict.items() if not good]}")
-    assert len(wrong) <= 3, wrong
+    assert len(wrong) <= 2, wrong
 
 
 def test_the_picture_of_the_demo_script_is_right(schnell: Engine) -> None:
-    prompt, scene = PROMPTS[0]
+    prompt, scene = PLAIN[0]
     assert prompt == "a large red circle on a blue background"
     assert all(oracle.judge(schnell(prompt, seed=0).image, scene).values())
 
@@ -55,45 +47,3 @@ def test_the_autoencoder_keeps_drawn_pictures(engine: Engine) -> None:
             error = (vae.decode(vae.encode(x)).clamp(-1, 1) - x).square().mean()
         psnr.append(float(10 * torch.log10(4 / error)))
     assert np.mean(psnr) >= 28.0, psnr
-
-
-@pytest.mark.full
-@pytest.mark.parametrize(("steps", "share"), [(None, 0.90), (2, 0.80)])
-def test_schnell_adheres(schnell: Engine, steps: int | None, share: float) -> None:
-    report = adherence.measure(schnell, 400, 0, steps=steps)
-    assert report.adherence >= share, report
-    assert report.two_objects >= 0.70, report
-
-
-@pytest.mark.full
-def test_dev_adheres(dev: Engine) -> None:
-    report = adherence.measure(dev, 400, 0)
-    assert report.adherence >= 0.95, report
-    assert report.two_objects >= 0.70, report
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("model", ["schnell", "dev"])
-def test_held_out_combinations_are_drawn_as_well(model: str, request: pytest.FixtureRequest) -> None:
-    engine: Engine = request.getfixturevalue(model)
-    seen = adherence.measure(engine, 200, 1, things=1, megapixels="0.25")
-    unseen = adherence.measure(engine, 200, 1, things=1, megapixels="0.25", held_out=True)
-    assert unseen.adherence >= seen.adherence - 0.05, (seen, unseen)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("megapixels", MEGAPIXELS)
-@pytest.mark.parametrize("ratio", PUBLISHED_SIZES)
-def test_every_size_of_the_table(schnell: Engine, ratio: str, megapixels: str) -> None:
-    report = adherence.measure(schnell, 50, 2, aspect_ratio=ratio, megapixels=megapixels)
-    assert report.adherence >= 0.80, report
-
-
-@pytest.mark.full
-def test_more_guidance_adheres_more(dev: Engine) -> None:
-    """Up to the default; beyond it there is nothing left to gain."""
-    shares = [
-        adherence.measure(dev, 60, 3, guidance=scale, megapixels="0.25").adherence for scale in (0.0, 0.5, 1.0, 3.5)
-    ]
-    assert shares[0] < 0.1 < shares[1], shares
-    assert shares[1] < shares[2] <= shares[3] + 0.02, shares

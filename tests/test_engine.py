@@ -18,7 +18,7 @@ from flux_engine.engine import Engine
 from flux_engine.pipeline import Step
 
 PROMPT = "a large red circle on a blue background"
-SQUARE = (256, 256)
+SQUARE = (128, 128)
 OTHER = "a small yellow star at the top left on a black background"
 
 
@@ -208,7 +208,7 @@ def test_out_of_memory_is_typed_and_leaves_the_engine_usable(engine: Engine) -> 
     def fail(step: Step) -> None:
         torch.empty(2**60)  # what torch itself says when memory runs out
 
-    with pytest.raises(OutOfMemory, match="256x256"):
+    with pytest.raises(OutOfMemory, match="128x128"):
         engine(PROMPT, on_step=fail)
     assert engine(PROMPT, seed=0).image.size == SQUARE
 
@@ -217,7 +217,7 @@ def test_long_prompts_are_cut_and_reported(engine: Engine) -> None:
     long = PROMPT + " and more" * 100
     result = engine(long, seed=0, num_inference_steps=1)
     assert len(result.notes) == 1
-    assert "cut to 40 tokens" in result.notes[0]
+    assert "cut to 48 tokens" in result.notes[0]
     with pytest.raises(InvalidRequest, match="strict"):
         engine(long, strict=True)
     again = engine(long, seed=0, num_inference_steps=1)

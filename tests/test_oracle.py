@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter
 
 from benchmarks import oracle, world
 from benchmarks.world import Ground, Placed, Scene
@@ -188,6 +188,15 @@ def test_objects_that_the_words_do_not_tell_apart_may_change_places() -> None:
         ((circle, red), "right of", True), ((circle, red), "left of", False),
     ):  # fmt: skip
         assert oracle.judge(picture, Scene(things, relation=relation))["relation"] is right, (things, relation)
+
+
+def test_what_is_no_shape_of_the_world_has_no_name() -> None:
+    ellipse = Image.new("RGB", (128, 128), "white")
+    ImageDraw.Draw(ellipse).ellipse((24, 36, 104, 92), fill="red")
+    bar = Image.new("RGB", (128, 128), "white")
+    ImageDraw.Draw(bar).rectangle((24, 50, 104, 78), fill="red")
+    for picture in (ellipse, bar):
+        assert [(found.shape, found.color) for found in oracle.read(picture).objects] == [("", "red")]
 
 
 @pytest.mark.parametrize("shape", world.SHAPES)

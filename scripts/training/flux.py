@@ -15,13 +15,13 @@ import flux_engine.models.flux
 from flux_engine import ops
 from flux_engine.families import image_ids, patchify
 from flux_engine.models.flux import Flux, FluxStatics
-from flux_engine.specs import DEMO_SCHNELL, MEGAPIXELS
+from flux_engine.specs import DEMO_DEV, MEGAPIXELS
 from training import hints
 from training.latents import CAPTIONS, Pool, Texts, load_pool, load_texts, path_of, sizes
 from training.run import Run, log, read_average
 from training.text import load_text
 
-PARAMS = DEMO_SCHNELL.transformer
+PARAMS = replace(DEMO_DEV.transformer, guidance_embed=False)
 PURE_NOISE = 0.3
 """Share of the samples that are nothing but noise."""
 SMALL_STEPS = 3

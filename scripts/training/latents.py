@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks import captions, world
 from benchmarks.world import Ground, Placed, Scene, Thing
-from flux_engine.specs import DEMO_SCHNELL, PUBLISHED_SIZES
+from flux_engine.specs import DEMO_DEV, PUBLISHED_SIZES
 from training.run import OUT, log
 from training.text import load_text
 from training.vae import load_vae, to_tensor
@@ -28,7 +28,7 @@ CAPTIONS = 3
 
 def sizes(megapixels: str) -> list[tuple[int, int]]:
     """Every (width, height) of a class of the demo's size table."""
-    return [DEMO_SCHNELL.sizes.named(ratio, megapixels) for ratio in PUBLISHED_SIZES]
+    return [DEMO_DEV.sizes.named(ratio, megapixels) for ratio in PUBLISHED_SIZES]
 
 
 @dataclass

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from benchmarks import captions, world
 from benchmarks.world import Scene
-from flux_engine.specs import DEMO_SCHNELL
+from flux_engine.specs import DEMO_DEV
 from training.run import OUT, Run, log, read_average
 
-WIDTH = DEMO_SCHNELL.transformer.context_in_dim
-LENGTH = DEMO_SCHNELL.max_sequence_length
+WIDTH = DEMO_DEV.transformer.context_in_dim
+LENGTH = DEMO_DEV.max_sequence_length
 
 
 def make_tokenizers(args: argparse.Namespace) -> None:

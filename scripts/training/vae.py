@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from benchmarks import world
 from flux_engine.models.vae import AutoEncoder
-from flux_engine.specs import DEMO_SCHNELL
+from flux_engine.specs import DEMO_DEV
 from training.run import ROOT, Run, read_average
 
-PARAMS = DEMO_SCHNELL.vae
+PARAMS = DEMO_DEV.vae
 
 
 def to_tensor(pictures: list[Any]) -> Tensor:
