@@ -23,16 +23,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
 import flux_engine
-from benchmarks import captions, oracle, world
+from benchmarks import captions, oracle, sheets, world
 from flux_engine.specs import MEGAPIXELS, PUBLISHED_SIZES, ModelSpec
 
 Size = tuple[int, int]
 COLUMNS = 8
-TILE = 160
-LINE = 12
 MAX_TILES = 400
 """Most pictures a sheet shows, the first ones."""
 
@@ -167,41 +165,12 @@ def table(report: Report) -> str:
 
 
 def sheet(drawings: Sequence[Drawing]) -> Image.Image:
-    """The pictures in a grid, with their captions, and in red what is wrong with them."""
-    tiles = [_tile(drawing) for drawing in drawings[:MAX_TILES]]
-    width, height = tiles[0].size
-    columns = min(COLUMNS, len(tiles))
-    grid = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * height), "white")
-    for index, tile in enumerate(tiles):
-        row, column = divmod(index, columns)
-        grid.paste(tile, (column * width, row * height))
-    return grid
-
-
-def _tile(drawing: Drawing) -> Image.Image:
-    tile = Image.new("RGB", (TILE + 8, TILE + 6 * LINE + 10), "white")
-    scale = TILE / max(drawing.picture.size)
-    width, height = (max(round(side * scale), 1) for side in drawing.picture.size)
-    corner = (4 + (TILE - width) // 2, 4 + (TILE - height) // 2)
-    tile.paste(drawing.picture.resize((width, height), Image.Resampling.LANCZOS), corner)
-    pen = ImageDraw.Draw(tile)
-    wrong = ", ".join(name for name, right in drawing.verdict.items() if not right)
-    lines = [(line, "black") for line in _wrapped(drawing.caption, pen)[:4]]
-    lines += [(line, "red") for line in _wrapped(wrong, pen)]
-    for number, (line, color) in enumerate(lines[:6]):
-        pen.text((4, TILE + 6 + number * LINE), line, fill=color)
-    return tile
-
-
-def _wrapped(text: str, pen: ImageDraw.ImageDraw) -> list[str]:
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if pen.textlength(longer) > TILE:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return lines
+    """The pictures in a grid, with their captions and what is wrong with them."""
+    tiles: list[Image.Image] = []
+    for drawing in drawings[:MAX_TILES]:
+        wrong = ", ".join(name for name, right in drawing.verdict.items() if not right)
+        tiles.append(sheets.tile(drawing.picture, drawing.caption, wrong))
+    return sheets.grid(tiles, COLUMNS)
 
 
 def all_sizes(spec: ModelSpec) -> list[Size]:

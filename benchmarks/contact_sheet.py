@@ -14,17 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
 import flux_engine
-from benchmarks import oracle
+from benchmarks import oracle, sheets
 from benchmarks.prompts import PROMPTS, WIDE
 from benchmarks.world import Scene
 from flux_engine.specs import MEGAPIXELS, PUBLISHED_SIZES
 
-SIDE = 160
-LINE = 14
-MARGIN = 4
 VARIED = (PROMPTS[0], *WIDE[1:9:3])
 """The prompts that are drawn once for each value."""
 STEPS = (1, 2, 3, 4, 8, 16)
@@ -53,35 +50,6 @@ def variants(by: str) -> Iterator[tuple[str, Scene, str, dict[str, Any]]]:
             yield prompt, scene, words, fields
 
 
-def tile(picture: Image.Image, words: str, *, right: bool) -> Image.Image:
-    """A picture in a square with words below, in as many lines as it takes, at most three; red if it is wrong."""
-    canvas = Image.new("RGB", (SIDE + 2 * MARGIN, SIDE + 3 * LINE + 2 * MARGIN), "white")
-    scale = SIDE / max(picture.size)
-    small = picture.resize([round(side * scale) for side in picture.size], Image.Resampling.LANCZOS)
-    canvas.paste(small, (MARGIN + (SIDE - small.width) // 2, MARGIN + (SIDE - small.height) // 2))
-    pen = ImageDraw.Draw(canvas)
-    lines = [""]
-    for word in words.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if pen.textlength(longer) > SIDE:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    for number, line in enumerate(lines[:3]):
-        pen.text((MARGIN, SIDE + MARGIN + 2 + number * LINE), line, fill="black" if right else "red")
-    return canvas
-
-
-def sheet(tiles: list[Image.Image], columns: int) -> Image.Image:
-    """Tiles of one size in rows."""
-    width, height = tiles[0].size
-    whole = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * height), "white")
-    for index, one in enumerate(tiles):
-        row, column = divmod(index, columns)
-        whole.paste(one, (column * width, row * height))
-    return whole
-
-
 def main() -> None:
     """Draw, judge, write; ends in one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -101,10 +69,10 @@ def main() -> None:
         wrong = ", ".join(name for name, good in verdict.items() if not good)
         right += not wrong
         sys.stdout.write(f"{'right' if not wrong else 'wrong ' + wrong:24} {prompt} {fields or ''}\n")
-        tiles.append(tile(picture, words, right=not wrong))
+        tiles.append(sheets.tile(picture, words, wrong))
     columns = {"prompt": 6, "size": 11, "steps": len(STEPS), "guidance": len(GUIDANCE), "seed": len(SEEDS)}[args.by]
     output.parent.mkdir(parents=True, exist_ok=True)
-    sheet(tiles, columns).save(output, optimize=True)
+    sheets.grid(tiles, columns).save(output, optimize=True)
     sys.stdout.write(json.dumps({"model": args.model, "by": args.by, "right": right, "count": len(tiles)}) + "\n")
 
 

@@ -1,6 +1,6 @@
 """Train the demo models on pictures this repository draws. Two CPU cores are enough.
 
-    python scripts/train_demo.py tokenizers VOCAB  # CLIP's vocabulary file to a tokenizer; T5's from our captions
+    python scripts/train_demo.py tokenizers        # CLIP's, and T5's from our captions
     python scripts/train_demo.py text              # both text encoders learn to read the captions
     python scripts/train_demo.py vae               # the autoencoder
     python scripts/train_demo.py latents           # draw the pictures, keep their latents
@@ -10,6 +10,7 @@
     python scripts/train_demo.py schnell           # and demo-schnell, in few steps
     python scripts/train_demo.py decoder           # sharpen the autoencoder's decoder; the latents stay
     python scripts/train_demo.py export            # into weights/, with hashes and curves
+    python scripts/train_demo.py checkpoint RUN    # keep what a run has reached in weights/checkpoints
 
 Every part keeps a checkpoint under out/train and goes on from it when started again. Weights that are published are a
 moving average of the trained ones. `text` and `vae` do not need one another and can run side by side, a thread each;
@@ -38,7 +39,9 @@ def main() -> None:
     commands = parser.add_subparsers(required=True, metavar="PART")
 
     tokenizers = commands.add_parser("tokenizers")
-    tokenizers.add_argument("vocabulary", type=Path, help="bpe_simple_vocab_16e6.txt.gz of CLIP (MIT)")
+    tokenizers.add_argument(
+        "--vocabulary", type=Path, help="CLIP's bpe_simple_vocab_16e6.txt.gz (MIT); left out: the tokenizer in weights/"
+    )
     tokenizers.set_defaults(run=text.make_tokenizers)
 
     def part(name: str, run: object, *, steps: int, lr: float, batch: int = 0) -> argparse.ArgumentParser:
@@ -72,6 +75,9 @@ def main() -> None:
         command.add_argument("--start", type=Path, help="weights to start from, a safetensors file")
         command.add_argument("--thin", type=float, default=0.0, help="share of those with half of their tokens")
 
+    kept = commands.add_parser("checkpoint")
+    kept.add_argument("names", nargs="+", metavar="RUN")
+    kept.set_defaults(run=export.checkpoint)
     commands.add_parser("export").set_defaults(run=export.export)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from training.run import OUT, ROOT, log, read_average
+from training.run import KEPT, OUT, ROOT, log, read_average
 from training.text import TextEncoders
 
 WEIGHTS = ROOT / "weights"
@@ -31,6 +31,13 @@ def export(args: argparse.Namespace) -> None:
             folder = WEIGHTS / "demo" / model
             write_tensors(folder / "transformer.safetensors", read_average(model, "flux."))
             write_manifest(model)
+    write_logs()
+
+
+def checkpoint(args: argparse.Namespace) -> None:
+    """Keep the moving averages of runs in the repository, in bfloat16, for a training that goes on elsewhere."""
+    for name in args.names:
+        write_tensors(KEPT / f"{name}.safetensors", read_average(name))
     write_logs()
 
 

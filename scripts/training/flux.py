@@ -201,7 +201,7 @@ def train_base(args: argparse.Namespace) -> None:
     torch.manual_seed(1)
     net = Traced(new_flux())
     if args.start:
-        net.flux.load_state_dict({k: v.float() for k, v in load_file(args.start).items()})
+        net.load_state_dict({k: v.float() for k, v in load_file(args.start).items()})
     run = Run("base", net, optimizers_of(net, args.lr), steps=args.steps, ema=0.999)
     source = Source(args.batch, args.large, uncaptioned=0.1)
 

@@ -32,7 +32,7 @@ PER_GROUND = len(world.GROUNDS) + 3 + 3 + len(world.AXES)
 """and the background's kind, two colours and axis."""
 FACTS = 6 + 2 * PER_THING + PER_GROUND
 
-WEIGHTS = {"where": 3.0, "towards": 6.0, "said": 1.0, "cover": 3.0}
+WEIGHTS = {"where": 1.0, "towards": 4.0, "said": 0.3, "cover": 30.0}
 
 
 class Heads(nn.Module):

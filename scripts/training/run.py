@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 OUT = ROOT / "out" / "train"
+KEPT = ROOT / "weights" / "checkpoints"
 
 log = logging.getLogger("train_demo")
 
@@ -117,6 +119,10 @@ class Run:
 
 
 def read_average(name: str, prefix: str = "") -> dict[str, Tensor]:
-    """The moving average of a run's checkpoint, or the part of it under a prefix."""
-    average = torch.load(OUT / f"{name}.pt", weights_only=True)["average"]
+    """The moving average of a run, or the part of it under a prefix: from its checkpoint under out/train, or else from
+    what `checkpoint` kept of it in the repository."""
+    if (OUT / f"{name}.pt").exists():
+        average = torch.load(OUT / f"{name}.pt", weights_only=True)["average"]
+    else:
+        average = {k: v.float() for k, v in load_file(KEPT / f"{name}.safetensors").items()}
     return {k.removeprefix(prefix): v for k, v in average.items() if k.startswith(prefix)}

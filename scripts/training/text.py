@@ -13,6 +13,7 @@ import json
 import math
 import random
 import re
+import shutil
 import string
 from collections import Counter
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from benchmarks import captions, world
 from benchmarks.world import Scene
 from flux_engine.specs import DEMO_DEV
-from training.run import OUT, Run, log, read_average
+from training.run import OUT, ROOT, Run, log, read_average
 
 WIDTH = DEMO_DEV.transformer.context_in_dim
 LENGTH = DEMO_DEV.max_sequence_length
@@ -32,7 +33,10 @@ LENGTH = DEMO_DEV.max_sequence_length
 
 def make_tokenizers(args: argparse.Namespace) -> None:
     """CLIP's byte-pair vocabulary as transformers reads it, and a small Unigram tokenizer for T5."""
-    write_clip_tokenizer(args.vocabulary, OUT / "clip")
+    if args.vocabulary:
+        write_clip_tokenizer(args.vocabulary, OUT / "clip")
+    else:
+        shutil.copytree(ROOT / "weights" / "demo" / "flux" / "tokenizer", OUT / "clip", dirs_exist_ok=True)
     write_t5_tokenizer(OUT / "t5")
 
 
