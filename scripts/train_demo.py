@@ -72,8 +72,9 @@ def main() -> None:
     ):
         command = part(name, run, steps=steps, lr=lr, batch=32)
         command.add_argument("--large", type=float, default=0.5, help="share of batches at the full megapixel")
-        command.add_argument("--start", type=Path, help="weights to start from, a safetensors file")
-        command.add_argument("--thin", type=float, default=0.0, help="share of those with half of their tokens")
+        if name == "base":
+            command.add_argument("--start", type=Path, help="weights to start from, a safetensors file")
+            command.add_argument("--thin", type=float, default=0.0, help="share of those with half of their tokens")
 
     kept = commands.add_parser("checkpoint")
     kept.add_argument("names", nargs="+", metavar="RUN")
