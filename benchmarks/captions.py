@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 
-from benchmarks.world import RESERVED_NAMES, Ground, Scene, Thing
+from benchmarks.world import RESERVED_NAMES, Ground, Scene, Thing, sample_scene
 
 WORDS: dict[str, tuple[str, ...]] = {
     "small": ("small", "small", "little", "tiny"),
@@ -64,8 +64,6 @@ def write(scene: Scene, rng: random.Random) -> str:
 
 def vocabulary(count: int = 60_000) -> list[str]:
     """Captions enough to hold every word this module can say, and each reserved name once: for a tokenizer."""
-    from benchmarks.world import sample_scene
-
     rng = random.Random("vocabulary")
     return [write(sample_scene(rng, marked=0.1, held_out=None), rng) for _ in range(count)] + list(RESERVED_NAMES)
 

@@ -30,7 +30,7 @@ SMALL_STEPS = 3
 
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v, written out: on a CPU without AMX the backward of torch's fused attention in
-    bfloat16 takes five times as long."""
+    bfloat16 takes up to five times as long."""
     return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
 
 
@@ -93,9 +93,9 @@ def emphasis(pool: Pool, picks: list[int]) -> Tensor:
     return (weight / weight.mean(dim=(1, 2), keepdim=True)).flatten(1)
 
 
-def noise_level(rng: random.Random) -> float:
+def noise_level(rng: random.Random, pure: float = PURE_NOISE) -> float:
     """Often pure noise, where the caption alone decides what is drawn; else anywhere, more of it near noise."""
-    if rng.random() < PURE_NOISE:
+    if rng.random() < pure:
         return 1.0
     return 1 - rng.random() ** 1.5
 
@@ -139,14 +139,15 @@ class Source:
         class: neighbours tell nearly the same, so a step learns nearly as much for half the work (arXiv 2306.09305).
         """
         large, small = self.classes
-        pool, texts, asked = rng.choice(large if rng.random() < self.large and large else small)
+        chosen = large if rng.random() < self.large and large else small
+        pool, texts, asked = rng.choice(chosen)
         picks = [rng.randrange(len(pool.scenes)) for _ in range(self.count)]
         which = [rng.randrange(CAPTIONS) for _ in picks]
         captioned = torch.tensor([rng.random() >= self.uncaptioned for _ in picks])
         x0 = patchify(pool.latents[picks].float())
         count = x0.shape[1]
         kept = torch.arange(count)
-        if pool.width * pool.height >= 200**2 and rng.random() < thin:
+        if chosen is large and rng.random() < thin:
             kept = torch.randperm(count)[: count // 2].sort().values
         x0 = x0[:, kept]
         return Batch(
@@ -230,7 +231,7 @@ def load_base() -> Flux:
 def strength(guidance: Tensor) -> Tensor:
     """Guidance scale -> scale of classifier-free guidance that demo-dev is taught: the same up to 1, a fifth beyond.
 
-    The captions leave so little open that a scale of 1.5 does here what 3.5 does to FLUX.1 dev.
+    A choice, not yet measured: the captions leave little open, so less is needed than FLUX.1 dev's scales give.
     """
     return torch.where(guidance > 1, 1 + (guidance - 1) / 5, guidance)
 
@@ -248,7 +249,7 @@ def train_dev(args: argparse.Namespace) -> None:
     source = Source(args.batch, args.large, uncaptioned=0.0)
 
     def loss_of(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
-        batch = source.draw(rng, lambda rng: 1.0 if rng.random() < 0.1 else 1 - rng.random() ** 1.5)
+        batch = source.draw(rng, lambda rng: noise_level(rng, pure=0.1))
         guidance = torch.tensor([rng.uniform(0, 1) if rng.random() < 0.2 else rng.uniform(1, 6) for _ in batch.t])
         with torch.no_grad():
             empty = replace(

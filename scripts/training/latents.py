@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import random
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ def make_latents(args: argparse.Namespace) -> None:
     for width, height in sizes(args.megapixels):
         if not path_of(width, height).exists():
             pool = make_pool(width, height, args.count * (2 if width == height else 1), vae)
-            keep(path_of(width, height), vars(pool) | {"scenes": [as_list(scene) for scene in pool.scenes]})
+            keep(path_of(width, height), vars(pool) | {"scenes": [astuple(scene) for scene in pool.scenes]})
             log.info("%dx%d: %d pictures, std %.3f", width, height, len(pool.scenes), pool.latents.float().std())
 
 
@@ -128,12 +128,6 @@ def keep(path: Path, content: dict[str, Any]) -> None:
     partial = path.with_suffix(".partial")
     torch.save(content, partial)
     partial.replace(path)
-
-
-def as_list(scene: Scene) -> list[Any]:
-    things = [[t.shape, t.color, t.size, t.place, t.outline] for t in scene.things]
-    ground = scene.ground
-    return [things, [ground.kind, ground.color, ground.second, ground.axis], scene.relation]
 
 
 def load_pool(width: int, height: int) -> Pool:

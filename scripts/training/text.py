@@ -228,5 +228,5 @@ def train_text(args: argparse.Namespace) -> None:
 def load_text() -> TextEncoders:
     """The trained encoders, as they stay."""
     encoders = TextEncoders()
-    encoders.load_state_dict(read_average("text", "encoders."), strict=False)
+    encoders.load_state_dict(read_average("text", "encoders."))
     return encoders.eval().requires_grad_(False)
