@@ -60,6 +60,7 @@ def main() -> None:
     part("decoder", vae.train_decoder, steps=1800, lr=5e-4)
 
     pictures = commands.add_parser("latents")
+    pictures.add_argument("--layout", choices=latents.LAYOUTS, default="middle")
     pictures.add_argument("--megapixels", choices=("1", "0.25"), default="1")
     pictures.add_argument("--count", type=int, default=1000, help="pictures of a size; square ones twice as many")
     pictures.set_defaults(run=latents.make_latents)

@@ -6,6 +6,7 @@ import argparse
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from safetensors.torch import load_file
@@ -17,13 +18,16 @@ from flux_engine.families import image_ids, patchify
 from flux_engine.models.flux import Flux, FluxStatics
 from flux_engine.specs import DEMO_DEV, MEGAPIXELS
 from training import hints
-from training.latents import CAPTIONS, Pool, Texts, load_pool, load_texts, path_of, sizes
+from training.latents import CAPTIONS, LAYOUTS, Pool, load_pool, load_texts, path_of, sizes
 from training.run import Run, log, read_average
 from training.text import load_text
 
 PARAMS = replace(DEMO_DEV.transformer, guidance_embed=False)
 PURE_NOISE = 0.3
 """Share of the samples that are nothing but noise."""
+FREE_BELOW = 0.6
+"""Pictures whose objects stand anywhere their words allow are shown below this noise level only: there the picture
+itself tells where. Above it a network that had to guess would draw the average, a blot."""
 SMALL_STEPS = 3
 """Steps of the base that demo-schnell does in one."""
 
@@ -70,7 +74,7 @@ class Traced(nn.Module):
 
 
 def emphasis(pool: Pool, picks: list[int]) -> Tensor:
-    """Weight of every image token (B, L): more where the objects are, if the caption says where that is."""
+    """Weight of every image token (B, L): more where the objects are."""
     rows, columns = pool.height // 16, pool.width // 16
     boxes = pool.boxes[picks] / 16  # (B, 2, 4)
     margin = 0.05 * min(rows, columns)
@@ -78,17 +82,8 @@ def emphasis(pool: Pool, picks: list[int]) -> Tensor:
     x = torch.arange(columns)[None, None, None, :]
     left, top, right, bottom = (boxes[..., i, None, None] for i in range(4))
     inside = (x + 1 > left - margin) & (x < right + margin) & (y + 1 > top - margin) & (y < bottom + margin)
-    told = torch.tensor(
-        [
-            [
-                bool(thing.size and (thing.place or scene.relation))
-                for thing in (scene.things * 2 if len(scene.things) == 1 else scene.things)
-            ]
-            for scene in (pool.scenes[i] for i in picks)
-        ]
-    )
     present = boxes[..., 2] > 0
-    inside = (inside & (told & present)[..., None, None]).any(dim=1)
+    inside = (inside & present[..., None, None]).any(dim=1)
     weight = 1.0 + 4.0 * inside.float()
     return (weight / weight.mean(dim=(1, 2), keepdim=True)).flatten(1)
 
@@ -121,39 +116,47 @@ class Batch:
 
 
 class Source:
-    """Draws batches from the pools on disk: one size a batch, of the large class in `large` of the cases."""
+    """Draws batches from the pools on disk: one size a batch, of the large class in `large` of the cases, and with
+    objects anywhere in `free` of them."""
 
-    def __init__(self, count: int, large: float, uncaptioned: float) -> None:
-        self.count, self.large, self.uncaptioned = count, large, uncaptioned
+    def __init__(self, count: int, large: float, uncaptioned: float, free: float) -> None:
+        self.count, self.large, self.uncaptioned, self.free = count, large, uncaptioned, free
         with torch.no_grad():
             self.nothing, self.nothing_pooled = load_text()([""])
-        self.classes: list[list[tuple[Pool, Texts, hints.Asked]]] = []
-        for megapixels in MEGAPIXELS:
-            every = [size for size in dict.fromkeys(sizes(megapixels)) if path_of(*size, "texts").exists()]
-            pools = [load_pool(*size) for size in every]
-            self.classes.append([(p, load_texts(p.width, p.height), hints.Asked(p)) for p in pools])
-            log.info("megapixels %s: %s", megapixels, [f"{w}x{h}" for w, h in every])
+        self.pools = {
+            (layout, megapixels): [
+                (pool, load_texts(layout, size), hints.Asked(pool))
+                for size in dict.fromkeys(sizes(megapixels))
+                if path_of(layout, size, "texts").exists()
+                for pool in [load_pool(layout, size)]
+            ]
+            for layout, megapixels in product(LAYOUTS, MEGAPIXELS)
+        }
+        for (layout, megapixels), pools in self.pools.items():
+            if not pools:
+                raise SystemExit(f"no {layout} pictures at megapixels {megapixels}: first run latents, then captions")
+            counts = {f"{pool.width}x{pool.height}": len(pool.scenes) for pool, _, _ in pools}
+            log.info("%s, megapixels %s: %s", layout, megapixels, counts)
 
     def draw(self, rng: random.Random, level: Callable[[random.Random], float], thin: float = 0.0) -> Batch:
         """A batch. In the share `thin` of the cases half of the image tokens are left out of a picture of the large
         class: neighbours tell nearly the same, so a step learns nearly as much for half the work (arXiv 2306.09305).
         """
-        large, small = self.classes
-        chosen = large if rng.random() < self.large and large else small
-        pool, texts, asked = rng.choice(chosen)
+        large, free = rng.random() < self.large, rng.random() < self.free
+        pool, texts, asked = rng.choice(self.pools["free" if free else "middle", MEGAPIXELS[0 if large else 1]])
         picks = [rng.randrange(len(pool.scenes)) for _ in range(self.count)]
         which = [rng.randrange(CAPTIONS) for _ in picks]
         captioned = torch.tensor([rng.random() >= self.uncaptioned for _ in picks])
         x0 = patchify(pool.latents[picks].float())
         count = x0.shape[1]
         kept = torch.arange(count)
-        if chosen is large and rng.random() < thin:
+        if large and rng.random() < thin:
             kept = torch.randperm(count)[: count // 2].sort().values
         x0 = x0[:, kept]
         return Batch(
             x0=x0,
             noise=torch.randn_like(x0),
-            t=torch.tensor([level(rng) for _ in picks]),
+            t=torch.tensor([FREE_BELOW * rng.random() if free else level(rng) for _ in picks]),
             tokens=torch.where(captioned[:, None, None], texts.tokens[picks, which].float(), self.nothing),
             pooled=torch.where(captioned[:, None], texts.pooled[picks, which].float(), self.nothing_pooled),
             positions=image_ids(pool.height // 16, pool.width // 16)[kept],
@@ -204,7 +207,7 @@ def train_base(args: argparse.Namespace) -> None:
     if args.start:
         net.load_state_dict({k: v.float() for k, v in load_file(args.start).items()})
     run = Run("base", net, optimizers_of(net, args.lr), steps=args.steps, ema=0.999)
-    source = Source(args.batch, args.large, uncaptioned=0.1)
+    source = Source(args.batch, args.large, uncaptioned=0.1, free=0.1)
 
     def loss_of(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
         batch = source.draw(rng, noise_level, args.thin)
@@ -246,7 +249,7 @@ def train_dev(args: argparse.Namespace) -> None:
     nn.init.zeros_(flux.guidance_in.out_layer.bias)
     net = nn.ModuleDict({"flux": flux})
     run = Run("demo-dev", net, optimizers_of(net, args.lr), steps=args.steps, ema=0.998)
-    source = Source(args.batch, args.large, uncaptioned=0.0)
+    source = Source(args.batch, args.large, uncaptioned=0.0, free=0.1)
 
     def loss_of(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
         batch = source.draw(rng, lambda rng: noise_level(rng, pure=0.1))
@@ -273,7 +276,7 @@ def train_schnell(args: argparse.Namespace) -> None:
     flux.train().requires_grad_(True)
     net = nn.ModuleDict({"flux": flux})
     run = Run("demo-schnell", net, optimizers_of(net, args.lr), steps=args.steps, ema=0.998)
-    source = Source(args.batch, args.large, uncaptioned=0.05)
+    source = Source(args.batch, args.large, uncaptioned=0.05, free=0.0)
 
     def loss_of(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
         span = 0.5 if rng.random() < 0.3 else 0.25

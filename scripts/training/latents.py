@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import random
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,27 @@ CAPTIONS = 3
 def sizes(megapixels: str) -> list[tuple[int, int]]:
     """Every (width, height) of a class of the demo's size table."""
     return [DEMO_DEV.sizes.named(ratio, megapixels) for ratio in PUBLISHED_SIZES]
+
+
+LAYOUTS = ("middle", "free")
+"""How what a caption leaves open is drawn in the pictures of a pool: an object in the middle of where it may be, of
+middle size, and to the left of the other; or anyhow."""
+
+
+class Middle(random.Random):
+    """Takes the middle of every range."""
+
+    def uniform(self, a: float, b: float) -> float:
+        return (a + b) / 2
+
+
+def settle(scene: Scene, layout: str, width: int, height: int, rng: random.Random) -> tuple[Scene, list[Placed]]:
+    """Nothing left open, and where the objects go."""
+    if layout == "free":
+        settled = world.settle(scene, rng)
+        return settled, world.layout(settled, width, height, rng)
+    settled = world.settle(replace(scene, relation=scene.relation or "left of"), rng)
+    return settled, world.layout(settled, width, height, Middle())
 
 
 @dataclass
@@ -60,8 +82,8 @@ def coverage_maps(scene: Scene, placed: list[Placed], width: int, height: int) -
     return maps
 
 
-def make_pool(width: int, height: int, count: int, vae: Any) -> Pool:
-    rng = random.Random(f"latents-{width}x{height}")
+def make_pool(width: int, height: int, count: int, layout: str, vae: Any) -> Pool:
+    rng = random.Random(f"latents-{layout}-{width}x{height}")
     scenes: list[Scene] = []
     latents: list[Tensor] = []
     maps: list[np.ndarray] = []
@@ -71,8 +93,7 @@ def make_pool(width: int, height: int, count: int, vae: Any) -> Pool:
             pictures: list[Image.Image] = []
             for _ in range(4):  # more would leave the cache
                 scene = world.sample_scene(rng, marked=0.05)
-                settled = world.settle(scene, rng)
-                placed = world.layout(settled, width, height, rng)
+                settled, placed = settle(scene, layout, width, height, rng)
                 pictures.append(world.paint(settled.ground, placed, width, height))
                 maps.append(coverage_maps(settled, placed, width, height))
                 box = [[p.cx - p.radius, p.cy - p.radius, p.cx + p.radius, p.cy + p.radius] for p in placed]
@@ -92,27 +113,28 @@ class Texts:
     """CLIP's pooled vectors (N, CAPTIONS, D), float16."""
 
 
-def path_of(width: int, height: int, kind: str = "latents") -> Path:
-    return OUT / "pools" / f"{width}x{height}.{kind}.pt"
+def path_of(layout: str, size: tuple[int, int], kind: str = "latents") -> Path:
+    return OUT / "pools" / f"{layout}-{size[0]}x{size[1]}.{kind}.pt"
 
 
 def make_latents(args: argparse.Namespace) -> None:
     vae = load_vae()
-    for width, height in sizes(args.megapixels):
-        if not path_of(width, height).exists():
-            pool = make_pool(width, height, args.count * (2 if width == height else 1), vae)
-            keep(path_of(width, height), vars(pool) | {"scenes": [astuple(scene) for scene in pool.scenes]})
+    for width, height in dict.fromkeys(sizes(args.megapixels)):
+        path = path_of(args.layout, (width, height))
+        if not path.exists():
+            pool = make_pool(width, height, args.count * (2 if width == height else 1), args.layout, vae)
+            keep(path, vars(pool) | {"scenes": [astuple(scene) for scene in pool.scenes]})
             log.info("%dx%d: %d pictures, std %.3f", width, height, len(pool.scenes), pool.latents.float().std())
 
 
 def make_texts(args: argparse.Namespace) -> None:
     """Write and encode captions for every pool there is."""
     text = load_text()
-    for width, height in sizes("1") + sizes("0.25"):
-        if path_of(width, height, "texts").exists() or not path_of(width, height).exists():
+    for layout, size in product(LAYOUTS, sizes("1") + sizes("0.25")):
+        if path_of(layout, size, "texts").exists() or not path_of(layout, size).exists():
             continue
-        rng = random.Random(f"texts-{width}x{height}")
-        scenes = load_pool(width, height).scenes
+        rng = random.Random(f"texts-{layout}-{size[0]}x{size[1]}")
+        scenes = load_pool(layout, size).scenes
         written = [captions.write(scene, rng) for scene in scenes for _ in range(CAPTIONS)]
         parts: list[tuple[Tensor, Tensor]] = []
         with torch.inference_mode():
@@ -120,7 +142,7 @@ def make_texts(args: argparse.Namespace) -> None:
                 tokens, pooled = text(written[start : start + 64])
                 parts.append((tokens.half(), pooled.half()))
         tokens, pooled = (torch.cat(column).unflatten(0, (-1, CAPTIONS)) for column in zip(*parts, strict=True))
-        keep(path_of(width, height, "texts"), {"tokens": tokens, "pooled": pooled})
+        keep(path_of(layout, size, "texts"), {"tokens": tokens, "pooled": pooled})
 
 
 def keep(path: Path, content: dict[str, Any]) -> None:
@@ -130,8 +152,8 @@ def keep(path: Path, content: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def load_pool(width: int, height: int) -> Pool:
-    kept = torch.load(path_of(width, height), weights_only=True)
+def load_pool(layout: str, size: tuple[int, int]) -> Pool:
+    kept = torch.load(path_of(layout, size), weights_only=True)
     kept["scenes"] = [
         Scene(tuple(Thing(*thing) for thing in things), Ground(*ground), relation)
         for things, ground, relation in kept["scenes"]
@@ -139,5 +161,5 @@ def load_pool(width: int, height: int) -> Pool:
     return Pool(**kept)
 
 
-def load_texts(width: int, height: int) -> Texts:
-    return Texts(**torch.load(path_of(width, height, "texts"), weights_only=True))
+def load_texts(layout: str, size: tuple[int, int]) -> Texts:
+    return Texts(**torch.load(path_of(layout, size, "texts"), weights_only=True))
