@@ -44,8 +44,10 @@ def complex_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
 
 
-flux_engine.models.flux.attention = explicit_attention
-ops.apply_rotary = complex_rotary
+def use_faster_operations() -> None:
+    """Put both in the place of the engine's own, for this process."""
+    flux_engine.models.flux.attention = explicit_attention
+    ops.apply_rotary = complex_rotary
 
 
 class Traced(nn.Module):
@@ -55,22 +57,17 @@ class Traced(nn.Module):
         super().__init__()
         self.flux = flux
         self.heads = hints.Heads(PARAMS.hidden_size)
+        self.passed: list[Tensor] = []
+        for block in (flux.double_blocks[-1], *flux.single_blocks[:2]):
+            block.register_forward_hook(lambda _, __, out: self.passed.append(out))
 
-    def forward(self, x: Tensor, statics: FluxStatics) -> tuple[Tensor, Tensor, Tensor]:
-        """-> velocity, facts, cover; one call, number 0."""
-        flux, txt = self.flux, statics.txt
-        img, words = flux.img_in(x), txt.shape[1]
-        for block, (img_mod, txt_mod) in zip(flux.double_blocks, statics.double, strict=True):
-            img, txt = block(img, txt, img_mod[0], txt_mod[0], statics.cos, statics.sin)
-        facts = self.heads.facts(img)
-        joined = torch.cat((txt, img), dim=1)
-        middle = len(statics.single) // 2
-        for block, mod in zip(flux.single_blocks[:middle], statics.single[:middle], strict=True):
-            joined = block(joined, mod[0], statics.cos, statics.sin)
-        cover = self.heads.cover(joined[:, words:])
-        for block, mod in zip(flux.single_blocks[middle:], statics.single[middle:], strict=True):
-            joined = block(joined, mod[0], statics.cos, statics.sin)
-        return flux.final_layer(joined[:, words:], statics.final[0]), facts, cover
+    def forward(self, x: Tensor, statics: FluxStatics) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """-> velocity, facts, edges, drawn; one call, number 0."""
+        self.passed.clear()
+        velocity = self.flux(x, 0, statics)
+        (img, _), *joined = self.passed
+        first, second = (tokens[:, statics.txt.shape[1] :] for tokens in joined)
+        return velocity, self.heads.facts(img), self.heads.edges(first), self.heads.drawn(second)
 
 
 def emphasis(pool: Pool, picks: list[int]) -> Tensor:
@@ -202,10 +199,13 @@ def train_base(args: argparse.Namespace) -> None:
 
     What makes it learn shapes soon is what the tokens are asked on the way (training/hints.py).
     """
+    use_faster_operations()
     torch.manual_seed(1)
     net = Traced(new_flux())
     if args.start:
-        net.load_state_dict({k: v.float() for k, v in load_file(args.start).items()})
+        net.flux.load_state_dict(
+            {k.removeprefix("flux."): v.float() for k, v in load_file(args.start).items() if k.startswith("flux.")}
+        )
     run = Run("base", net, optimizers_of(net, args.lr), steps=args.steps, ema=0.999)
     source = Source(args.batch, args.large, uncaptioned=0.1, free=0.1)
 
@@ -213,10 +213,10 @@ def train_base(args: argparse.Namespace) -> None:
         batch = source.draw(rng, noise_level, args.thin)
         with torch.autocast("cpu", torch.bfloat16):
             statics = net.flux.precompute(batch.tokens, batch.pooled, batch.positions, batch.t[None], None)
-            out, facts, cover = net(batch.mixed, statics)
+            out, *read = net(batch.mixed, statics)
         squared = (out.float() - (batch.noise - batch.x0)) ** 2
         error = (batch.weight * squared.mean(dim=2)).mean(dim=1)
-        told = batch.answers.losses(facts.float(), cover.float(), batch.captioned)
+        told = batch.answers.losses(*(value.float() for value in read), batch.captioned)
         high = (batch.t > 0.95) & batch.captioned
         figures = {"noise_only": squared.mean(dim=(1, 2)), **told}
         figures = {name: value[high].mean().item() for name, value in figures.items()}
@@ -241,9 +241,10 @@ def strength(guidance: Tensor) -> Tensor:
 
 def train_dev(args: argparse.Namespace) -> None:
     """Guidance distillation (arXiv 2210.03142): one call that gives what two calls of the base give together."""
+    use_faster_operations()
     torch.manual_seed(4)
     teacher = load_base()
-    flux = Flux(replace(PARAMS, guidance_embed=True))
+    flux = Flux(DEMO_DEV.transformer)
     flux.load_state_dict(teacher.state_dict(), strict=False)
     nn.init.zeros_(flux.guidance_in.out_layer.weight)
     nn.init.zeros_(flux.guidance_in.out_layer.bias)
@@ -271,6 +272,7 @@ def train_dev(args: argparse.Namespace) -> None:
 def train_schnell(args: argparse.Namespace) -> None:
     """Few steps (progressive distillation, arXiv 2202.00512): one step of four, or of two, lands where several small
     ones of the base do."""
+    use_faster_operations()
     torch.manual_seed(5)
     teacher, flux = load_base(), load_base()
     flux.train().requires_grad_(True)
