@@ -1,4 +1,4 @@
-"""The transformers: one base by flow matching, then demo-dev and demo-schnell from it."""
+"""The transformers: a base by flow matching, demo-dev from it by guidance, demo-schnell from that in few steps."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FREE_BELOW = 0.6
 """Pictures whose objects stand anywhere their words allow are shown below this noise level only: there the picture
 itself tells where. Above it a network that had to guess would draw the average, a blot."""
 SMALL_STEPS = 3
-"""Steps of the base that demo-schnell does in one."""
+"""Steps of demo-dev that demo-schnell does in one."""
 
 
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -269,13 +269,24 @@ def train_dev(args: argparse.Namespace) -> None:
     run.train(loss_of)
 
 
+def with_guidance_inside(dev: Flux, guidance: float) -> Flux:
+    """The same network with one guidance scale for good: its embedding becomes a part of a bias."""
+    flux = Flux(PARAMS)
+    flux.load_state_dict({k: v for k, v in dev.state_dict().items() if not k.startswith("guidance_in.")})
+    with torch.no_grad():
+        flux.vector_in.out_layer.bias += dev.guidance_in(ops.sinusoidal_embedding(torch.tensor([guidance]), 256))[0]
+    return flux
+
+
 def train_schnell(args: argparse.Namespace) -> None:
     """Few steps (progressive distillation, arXiv 2202.00512): one step of four, or of two, lands where several small
-    ones of the base do."""
+    ones of demo-dev do at its default guidance."""
     use_faster_operations()
     torch.manual_seed(5)
-    teacher, flux = load_base(), load_base()
-    flux.train().requires_grad_(True)
+    dev = Flux(DEMO_DEV.transformer)
+    dev.load_state_dict(read_average("demo-dev", "flux."))
+    teacher, flux = (with_guidance_inside(dev, DEMO_DEV.guidance_scale or 1.0) for _ in range(2))
+    teacher.eval().requires_grad_(False)
     net = nn.ModuleDict({"flux": flux})
     run = Run("demo-schnell", net, optimizers_of(net, args.lr), steps=args.steps, ema=0.998)
     source = Source(args.batch, args.large, uncaptioned=0.05, free=0.0)
