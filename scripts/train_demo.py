@@ -8,7 +8,6 @@
     python scripts/train_demo.py base              # the transformer
     python scripts/train_demo.py dev               # from it demo-dev, with guidance
     python scripts/train_demo.py schnell           # and demo-schnell, in few steps
-    python scripts/train_demo.py decoder           # sharpen the autoencoder's decoder; the latents stay
     python scripts/train_demo.py export            # into weights/, with hashes and curves
     python scripts/train_demo.py checkpoint RUN    # keep what a run has reached in weights/checkpoints
 
@@ -55,14 +54,13 @@ def main() -> None:
 
     part("text", text.train_text, steps=3000, lr=2e-3, batch=64)
     encoder = part("vae", vae.train_vae, steps=5000, lr=1.5e-3)
-    encoder.add_argument("--kl", type=float, default=2e-3)
+    encoder.add_argument("--kl", type=float, default=5e-4)
     encoder.add_argument("--start", type=Path, help="weights to start from, a safetensors file")
-    part("decoder", vae.train_decoder, steps=1800, lr=5e-4)
 
     pictures = commands.add_parser("latents")
-    pictures.add_argument("--layout", choices=latents.LAYOUTS, default="middle")
     pictures.add_argument("--megapixels", choices=("1", "0.25"), default="1")
     pictures.add_argument("--count", type=int, default=1000, help="pictures of a size; square ones twice as many")
+    pictures.add_argument("--layout", choices=latents.LAYOUTS, default="middle")
     pictures.set_defaults(run=latents.make_latents)
     commands.add_parser("captions").set_defaults(run=latents.make_texts)
 

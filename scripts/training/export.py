@@ -43,10 +43,7 @@ def checkpoint(args: argparse.Namespace) -> None:
 
 def write_shared() -> None:
     """The autoencoder, both encoders and their tokenizers."""
-    tensors = read_average("vae")
-    if (OUT / "decoder.pt").exists():
-        tensors |= {f"decoder.{k}": v for k, v in read_average("decoder").items()}
-    write_tensors(SHARED / "vae.safetensors", tensors)
+    write_tensors(SHARED / "vae.safetensors", read_average("vae"))
 
     encoders = TextEncoders()
     clip = read_average("text", "encoders.clip.")

@@ -1,4 +1,4 @@
-"""The autoencoder: trained whole, then its decoder alone."""
+"""The autoencoder."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from benchmarks import world
 from flux_engine.models.vae import AutoEncoder
-from flux_engine.specs import DEMO_DEV
-from training.run import ROOT, Run, read_average
+from flux_engine.specs import DEMO_DEV, PUBLISHED_SIZES
+from training.run import Run, read_average
 
 PARAMS = DEMO_DEV.vae
+HELD = 0.1
+"""Weight of the squared distance to the latents that are held on to."""
 
 
 def to_tensor(pictures: list[Any]) -> Tensor:
@@ -36,10 +39,6 @@ def load_vae() -> AutoEncoder:
     return vae.eval().requires_grad_(False)
 
 
-def any_scene(rng: random.Random) -> world.Scene:
-    return world.sample_scene(rng, marked=0.1)
-
-
 def picture_loss(out: Tensor, x: Tensor) -> tuple[Tensor, dict[str, float]]:
     """Absolute and squared error, and the absolute error of neighbouring pixels' differences, which keeps edges."""
     l1 = (out - x).abs().mean()
@@ -50,54 +49,55 @@ def picture_loss(out: Tensor, x: Tensor) -> tuple[Tensor, dict[str, float]]:
     return l1 + error + edges, {"l1": l1.item(), "psnr": psnr.item()}
 
 
+def around_an_object(rng: random.Random, side: int = 64) -> Image.Image:
+    """A piece of a scene of the smaller class of sizes, with an object somewhere in it."""
+    width, height = DEMO_DEV.sizes.named(rng.choice(list(PUBLISHED_SIZES)), "0.25")
+    scene = world.settle(world.sample_scene(rng, marked=0.1), rng)
+    placed = world.layout(scene, width, height, rng)
+    thing = rng.choice(placed)
+    left, top = (
+        min(max(round(center - rng.uniform(0.25, 0.75) * side), 0), length - side)
+        for center, length in ((thing.cx, width), (thing.cy, height))
+    )
+    return world.paint(scene.ground, placed, width, height).crop((left, top, left + side, top + side))
+
+
+def pictures(rng: random.Random) -> list[Image.Image]:
+    """A batch: pieces around objects, where shapes are two or three latents wide; clutter; whole scenes of any size."""
+    kind = rng.random()
+    if kind < 0.6:
+        return [around_an_object(rng) for _ in range(16)]
+    if kind < 0.8:
+        return [world.draw_clutter(64, 64, rng) for _ in range(16)]
+    megapixels, count = rng.choice((("1", 1), ("0.25", 4)))
+    width, height = DEMO_DEV.sizes.named(rng.choice(list(PUBLISHED_SIZES)), megapixels)
+    return [world.draw(world.sample_scene(rng, marked=0.1), width, height, rng) for _ in range(count)]
+
+
 def train_vae(args: argparse.Namespace) -> None:
+    """With weights to start from, their latents are held on to, so that a transformer that knows them can go on."""
     torch.manual_seed(0)
-    vae = new_vae()
+    vae, known = new_vae(), None
     if args.start:
-        vae.load_state_dict({k: v.float() for k, v in load_file(ROOT / args.start).items()})
+        weights = {k: v.float() for k, v in load_file(args.start).items()}
+        vae.load_state_dict(weights)
+        known = new_vae().eval().requires_grad_(False)
+        known.load_state_dict(weights)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01)
     run = Run("vae", vae, [optimizer], steps=args.steps, ema=0.998)
 
     def loss_of(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
-        side, count = rng.choice(((64, 16), (128, 4)))
-        x = to_tensor(
-            [
-                world.draw_clutter(side, side, rng)
-                if rng.random() < 0.4
-                else world.draw(any_scene(rng), side, side, rng)
-                for _ in range(count)
-            ]
-        )
+        x = to_tensor(pictures(rng))
         with torch.autocast("cpu", torch.bfloat16):
             mean, logvar = (half.float() for half in vae.moments(x))
+            held = known.encode(x).float() if known else None
         mean = PARAMS.scaling_factor * (mean - PARAMS.shift_factor)
         std = torch.exp(0.5 * logvar.clamp(-12, 4)) * PARAMS.scaling_factor
         kl = 0.5 * (mean**2 + std**2 - 1 - 2 * torch.log(std)).mean()
+        strayed = torch.zeros(()) if held is None else ((mean - held) ** 2).mean()
         with torch.autocast("cpu", torch.bfloat16):
             out = vae.decode(mean + std * torch.randn_like(std))
         loss, figures = picture_loss(out.float(), x)
-        return loss + args.kl * kl, figures | {"kl": kl.item()}
-
-    run.train(loss_of)
-
-
-def train_decoder(args: argparse.Namespace) -> None:
-    """Sharpen the decoder. The encoder stays, and so do the latents made with it."""
-    vae = load_vae()
-    vae.decoder.requires_grad_(True)
-    optimizer = torch.optim.AdamW(vae.decoder.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01)
-    run = Run("decoder", vae.decoder, [optimizer], steps=args.steps, ema=0.998)
-
-    def loss_of(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
-        side, count = rng.choice(((256, 2), (128, 8), (128, 8)))
-        x = to_tensor([world.draw(any_scene(rng), side, side, rng) for _ in range(count)])
-        with torch.no_grad():
-            z = vae.encode(x)
-        # A transformer's latents are never quite an encoder's: learn to forgive a little.
-        noise = rng.choice((0.0, 0.05, 0.15)) * torch.randn_like(z)
-        with torch.autocast("cpu", torch.bfloat16):
-            out = vae.decode(z + noise)
-        loss, figures = picture_loss(out.float(), x)
-        return loss, figures | {"side": side}
+        return loss + args.kl * kl + HELD * strayed, figures | {"kl": kl.item(), "strayed": strayed.item()}
 
     run.train(loss_of)
