@@ -1,0 +1,118 @@
+"""The training asks for what is in the pictures, and goes on as if it had never been stopped."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import randomise, relative_error
+from torch import Tensor, nn
+from training import flux, hints, run
+from training.latents import Pool, coverage_maps, settle
+
+from benchmarks import world
+from benchmarks.world import Ground, Scene, Thing
+from flux_engine.families import image_ids
+from flux_engine.models.flux import Flux
+
+WIDTH, HEIGHT = 160, 112
+
+
+def pool_of(*scenes: Scene) -> Pool:
+    """Drawn pictures' geometry, without their latents."""
+    rng = random.Random(3)
+    settled = [settle(scene, "free", WIDTH, HEIGHT, rng) for scene in scenes]
+    boxes = [
+        [[p.cx - p.radius, p.cy - p.radius, p.cx + p.radius, p.cy + p.radius] for p in placed] for _, placed in settled
+    ]
+    maps = [torch.from_numpy(coverage_maps(scene, placed, WIDTH, HEIGHT)) for scene, placed in settled]
+    return Pool(
+        WIDTH, HEIGHT, list(scenes), torch.zeros(len(scenes), 1), torch.stack(maps),
+        torch.tensor([[*box, [0.0] * 4][:2] for box in boxes]),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", hints.SHAPES)
+def test_distances_agree_with_what_is_painted(shape: str) -> None:
+    pool = pool_of(*(Scene((Thing(shape, "red", size),)) for size in world.SIZES))
+    answers = hints.Asked(pool).answers([0, 1, 2])
+    edges, cover = (value[..., : hints.CELLS**2] for value in (answers.edges, answers.cover))
+    assert (edges[cover > 0.99] < 0).all()
+    assert (edges[cover < 0.01] > 0).all()
+    assert edges[(cover > 0.4) & (cover < 0.6)].abs().mean() < 0.08  # half covered: the outline, to a pixel
+    assert edges.min() < -0.5 and edges.max() > 0.9
+    assert (answers.outlined[..., : hints.CELLS**2] == 1).all() and (answers.outlined[..., hints.CELLS**2 :] == 0).all()
+
+
+def test_tokens_are_asked_the_way_to_the_objects() -> None:
+    pool = pool_of(Scene((Thing("circle", "red", "small"), Thing("star", "blue", "small")), relation="left of"))
+    facts = hints.Asked(pool).answers([0]).facts[0].view(HEIGHT // 16, WIDTH // 16, -1)
+    first_x, first_y, second_x, _ = facts[..., hints.TOWARDS].unbind(-1)
+    assert (first_x[:, 0] > 0).all() and (first_x[:, -1] < 0).all()
+    assert (first_y[0] > 0).all() and (first_y[-1] < 0).all()
+    assert (first_x < second_x).all()
+
+
+def test_in_the_middle_layout_only_what_has_no_middle_is_left_to_chance() -> None:
+    scene = Scene((Thing("circle"), Thing("star")), Ground("striped", "red", "white", "x"))
+    drawn = [settle(scene, "middle", WIDTH, HEIGHT, random.Random(seed)) for seed in range(8)]
+    assert len({tuple((p.cx, p.cy, p.radius) for p in placed) for _, placed in drawn}) == 1
+    assert drawn[0][0].relation == "left of"
+    assert len({scene.things[0].color for scene, _ in drawn}) > 1
+    free = [settle(scene, "free", WIDTH, HEIGHT, random.Random(seed))[1][0] for seed in range(8)]
+    assert len({(p.cx, p.cy) for p in free}) == 8
+
+
+def test_looking_inside_changes_nothing() -> None:
+    net = Flux(flux.PARAMS)
+    randomise(net, 0)
+    x, t = torch.randn(2, 35, 64), torch.tensor([[1.0, 0.5]])
+    statics = net.precompute(torch.randn(2, 40, 64), torch.randn(2, 64), image_ids(5, 7), t, None)
+    before = net(x, 0, statics)
+    velocity, facts, edges, drawn = flux.Traced(net)(x, statics)
+    assert torch.equal(velocity, before)
+    assert facts.shape == (2, 35, hints.FACTS)
+    assert edges.shape == (2, 35, hints.EDGES) and drawn.shape == (2, 35, hints.EDGES + hints.COVERS)
+
+
+def test_guidance_put_inside_gives_what_the_embedding_gave() -> None:
+    dev = Flux(flux.DEMO_DEV.transformer)
+    randomise(dev, 1)
+    x, t, guidance = torch.randn(1, 16, 64), torch.tensor([[0.7]]), torch.tensor([3.5])
+    told = (torch.randn(1, 40, 64), torch.randn(1, 64), image_ids(4, 4), t)
+    inside = flux.with_guidance_inside(dev, 3.5)
+    theirs = dev(x, 0, dev.precompute(*told, guidance))
+    assert relative_error(inside(x, 0, inside.precompute(*told, None)), theirs) < 1e-5
+    assert relative_error(dev(x, 0, dev.precompute(*told, guidance - 2)), theirs) > 1e-3
+
+
+def test_the_faster_operations_are_the_same() -> None:
+    q, k, v = torch.randn(3, 2, 3, 9, 64).unbind(0)
+    angles = torch.rand(9, 32)
+    rotated = flux.complex_rotary(q, angles.cos(), angles.sin())
+    assert torch.equal(rotated, flux.ops.apply_rotary(q, angles.cos(), angles.sin()))
+    assert relative_error(flux.explicit_attention(q, k, v), flux.flux_engine.models.flux.attention(q, k, v)) < 1e-5
+
+
+def test_a_run_that_was_stopped_goes_on_as_it_would_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(steps: int, folder: Path) -> dict[str, Tensor]:
+        monkeypatch.setattr(run, "OUT", folder)
+        torch.manual_seed(0)
+        net = nn.Linear(4, 4)
+        trained = run.Run("line", net, [torch.optim.AdamW(net.parameters(), lr=0.1)], steps=steps, ema=0.9)
+        monkeypatch.setattr(trained, "factor", lambda: 1.0)  # not that of a shorter run
+
+        def loss_of(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
+            x = torch.randn(3, 4) + rng.random()
+            return (net(x) - x.flip(-1)).square().mean(), {}
+
+        trained.train(loss_of)
+        return trained.averaged()
+
+    whole = train(8, tmp_path / "whole")
+    train(3, tmp_path / "parts")
+    rest = train(8, tmp_path / "parts")
+    assert all(torch.equal(rest[name], whole[name]) for name in whole)
+    assert torch.equal(run.read_average("line")["weight"], whole["weight"])
