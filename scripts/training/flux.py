@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -57,7 +58,7 @@ class Traced(nn.Module):
         super().__init__()
         self.flux = flux
         self.heads = hints.Heads(PARAMS.hidden_size)
-        self.passed: list[Tensor] = []
+        self.passed: list[Any] = []
         for block in (flux.double_blocks[-1], *flux.single_blocks[:2]):
             block.register_forward_hook(lambda _, __, out: self.passed.append(out))
 
@@ -213,10 +214,10 @@ def train_base(args: argparse.Namespace) -> None:
         batch = source.draw(rng, noise_level, args.thin)
         with torch.autocast("cpu", torch.bfloat16):
             statics = net.flux.precompute(batch.tokens, batch.pooled, batch.positions, batch.t[None], None)
-            out, *read = net(batch.mixed, statics)
-        squared = (out.float() - (batch.noise - batch.x0)) ** 2
+            out, facts, edges, drawn = (value.float() for value in net(batch.mixed, statics))
+        squared = (out - (batch.noise - batch.x0)) ** 2
         error = (batch.weight * squared.mean(dim=2)).mean(dim=1)
-        told = batch.answers.losses(*(value.float() for value in read), batch.captioned)
+        told = batch.answers.losses(facts, edges, drawn, batch.captioned)
         high = (batch.t > 0.95) & batch.captioned
         figures = {"noise_only": squared.mean(dim=(1, 2)), **told}
         figures = {name: value[high].mean().item() for name, value in figures.items()}
