@@ -11,6 +11,7 @@ cells. The heads are thrown away.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +112,7 @@ def ground_facts(ground: Ground) -> tuple[list[float], list[float]]:
     return facts, [1.0] * (len(kinds) + 3) + [varied] * (3 + len(axes))
 
 
+@cache
 def distances(shape: str) -> Tensor:
     """Signed distance to a shape's outline, in radii, negative inside: (GRID, GRID), rows are y."""
     axis = torch.linspace(-REACH, REACH, GRID)
