@@ -1,4 +1,4 @@
-"""The words people use for a scene of the drawn world. Version 1, frozen with it.
+"""The words people use for a scene of the drawn world, frozen with it.
 
 `write` says everything the scene states and nothing it leaves open, in one of many ways: sentences, lists of tags,
 orders to draw, with synonyms, articles or none, capitals, full stops, and now and then words that mean nothing here.
