@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import randomise, relative_error
 from torch import Tensor, nn
-from training import flux, hints, run
-from training.latents import Pool, coverage_maps, settle
+from training import flux, hints, run, vae
+from training.latents import Pool, arrange, boxes_of, coverage_maps
 
 from benchmarks import world
 from benchmarks.world import Ground, Scene, Thing
@@ -23,14 +23,11 @@ WIDTH, HEIGHT = 160, 112
 def pool_of(*scenes: Scene) -> Pool:
     """Drawn pictures' geometry, without their latents."""
     rng = random.Random(3)
-    settled = [settle(scene, "free", WIDTH, HEIGHT, rng) for scene in scenes]
-    boxes = [
-        [[p.cx - p.radius, p.cy - p.radius, p.cx + p.radius, p.cy + p.radius] for p in placed] for _, placed in settled
-    ]
+    settled = [arrange(scene, "free", WIDTH, HEIGHT, rng) for scene in scenes]
     maps = [torch.from_numpy(coverage_maps(scene, placed, WIDTH, HEIGHT)) for scene, placed in settled]
     return Pool(
         WIDTH, HEIGHT, list(scenes), torch.zeros(len(scenes), 1), torch.stack(maps),
-        torch.tensor([[*box, [0.0] * 4][:2] for box in boxes]),
+        torch.tensor([boxes_of(placed) for _, placed in settled]),
     )  # fmt: skip
 
 
@@ -57,11 +54,11 @@ def test_tokens_are_asked_the_way_to_the_objects() -> None:
 
 def test_in_the_middle_layout_only_what_has_no_middle_is_left_to_chance() -> None:
     scene = Scene((Thing("circle"), Thing("star")), Ground("striped", "red", "white", "x"))
-    drawn = [settle(scene, "middle", WIDTH, HEIGHT, random.Random(seed)) for seed in range(8)]
+    drawn = [arrange(scene, "middle", WIDTH, HEIGHT, random.Random(seed)) for seed in range(8)]
     assert len({tuple((p.cx, p.cy, p.radius) for p in placed) for _, placed in drawn}) == 1
     assert drawn[0][0].relation == "left of"
     assert len({scene.things[0].color for scene, _ in drawn}) > 1
-    free = [settle(scene, "free", WIDTH, HEIGHT, random.Random(seed))[1][0] for seed in range(8)]
+    free = [arrange(scene, "free", WIDTH, HEIGHT, random.Random(seed))[1][0] for seed in range(8)]
     assert len({(p.cx, p.cy) for p in free}) == 8
 
 
@@ -116,3 +113,20 @@ def test_a_run_that_was_stopped_goes_on_as_it_would_have(tmp_path: Path, monkeyp
     rest = train(8, tmp_path / "parts")
     assert all(torch.equal(rest[name], whole[name]) for name in whole)
     assert torch.equal(run.read_average("line")["weight"], whole["weight"])
+
+
+def test_the_autoencoder_trains_on_pieces_with_an_object_in_them() -> None:
+    rng = random.Random(2)
+    pieces = [vae.around_an_object(rng) for _ in range(12)]
+    assert {piece.size for piece in pieces} == {(64, 64)}
+    colors = [piece.getcolors(64 * 64) or [] for piece in pieces]
+    assert all(len([count for count, _ in found if count > 40]) > 1 for found in colors)
+
+
+def test_muon_in_float32_makes_a_gradient_orthogonal() -> None:
+    for shape in ((8, 24), (24, 8)):
+        grad = torch.randn(shape)
+        ours = flux.orthogonal(grad, (3.4445, -4.775, 2.0315), 5, 1e-7)
+        assert (torch.linalg.svdvals(ours) - 1).abs().max() < 0.5
+        u, _, v = torch.linalg.svd(grad, full_matrices=False)
+        assert torch.nn.functional.cosine_similarity(ours.flatten(), (u @ v).flatten(), dim=0) > 0.95

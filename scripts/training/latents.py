@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks import captions, world
 from benchmarks.world import Ground, Placed, Scene, Thing
 from flux_engine.specs import DEMO_DEV, PUBLISHED_SIZES
-from training.run import OUT, log
+from training.run import OUT, autocast, log
 from training.text import load_text
 from training.vae import load_vae, to_tensor
 
@@ -44,7 +44,7 @@ class Middle(random.Random):
         return (a + b) / 2
 
 
-def settle(scene: Scene, layout: str, width: int, height: int, rng: random.Random) -> tuple[Scene, list[Placed]]:
+def arrange(scene: Scene, layout: str, width: int, height: int, rng: random.Random) -> tuple[Scene, list[Placed]]:
     """Nothing left open, and where the objects go."""
     if layout == "free":
         settled = world.settle(scene, rng)
@@ -82,22 +82,27 @@ def coverage_maps(scene: Scene, placed: list[Placed], width: int, height: int) -
     return maps
 
 
+def boxes_of(placed: list[Placed]) -> list[list[float]]:
+    """Of two objects, left, top, right, bottom in pixels; zeros for one that is not there."""
+    boxes = [[p.cx - p.radius, p.cy - p.radius, p.cx + p.radius, p.cy + p.radius] for p in placed]
+    return [*boxes, [0.0] * 4][:2]
+
+
 def make_pool(width: int, height: int, count: int, layout: str, vae: Any) -> Pool:
     rng = random.Random(f"latents-{layout}-{width}x{height}")
     scenes: list[Scene] = []
     latents: list[Tensor] = []
     maps: list[np.ndarray] = []
     boxes: list[list[list[float]]] = []
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+    with torch.inference_mode(), autocast():
         while len(scenes) < count:
             pictures: list[Image.Image] = []
             for _ in range(4):  # more would leave the cache
                 scene = world.sample_scene(rng, marked=0.05)
-                settled, placed = settle(scene, layout, width, height, rng)
+                settled, placed = arrange(scene, layout, width, height, rng)
                 pictures.append(world.paint(settled.ground, placed, width, height))
                 maps.append(coverage_maps(settled, placed, width, height))
-                box = [[p.cx - p.radius, p.cy - p.radius, p.cx + p.radius, p.cy + p.radius] for p in placed]
-                boxes.append([*box, [0.0] * 4][:2])
+                boxes.append(boxes_of(placed))
                 scenes.append(scene)
             latents.append(vae.encode(to_tensor(pictures)).contiguous().half())
     return Pool(width, height, scenes, torch.cat(latents), torch.from_numpy(np.stack(maps)), torch.tensor(boxes))

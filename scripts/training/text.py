@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from benchmarks import captions, world
 from benchmarks.world import Scene
 from flux_engine.specs import DEMO_DEV
-from training.run import OUT, ROOT, Run, log, read_average
+from training.run import OUT, ROOT, Run, autocast, log, read_average
 
 WIDTH = DEMO_DEV.transformer.context_in_dim
 LENGTH = DEMO_DEV.max_sequence_length
@@ -211,7 +211,7 @@ def train_text(args: argparse.Namespace) -> None:
         texts = [captions.write(scene, rng) for scene in scenes]
         texts = [disturb(text, rng) if rng.random() < 0.1 else text for text in texts]
         target = torch.tensor([answers(scene) for scene in scenes])
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             tokens, pooled = encoders(texts)
         guesses = net["readout"](tokens.float(), pooled.float())
         losses: list[Any] = []
