@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100, help="pictures, at each size")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--quantization")
+    parser.add_argument("--quantization", default="none")
     parser.add_argument("--size", type=_size, help="WxH, or all for every size of the model")
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--held-out", action="store_true", help="as many again with pairs no training has shown")
@@ -195,8 +195,10 @@ def main() -> None:
     if args.count < 1:
         parser.error("--count is less than 1")
 
-    options = {} if args.quantization is None else {"quantization": args.quantization}
-    engine = flux_engine.load(args.model, **options)
+    try:
+        engine = flux_engine.load(args.model, quantization=args.quantization)
+    except flux_engine.FluxEngineError as error:
+        parser.error(str(error))
     report = measure(
         engine,
         args.count,
@@ -225,7 +227,7 @@ def main() -> None:
         "seconds_per_picture": round(report.seconds_per_picture, 4),
         "oracle": oracle.VERSION,
         "world": world.VERSION,
-        **options,
+        "quantization": args.quantization,
     }
     if args.size == "all":
         line["sizes"] = report.sizes

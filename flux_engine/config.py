@@ -10,6 +10,7 @@ from pathlib import Path
 from flux_engine.errors import UnsupportedError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("none",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,8 @@ class EngineConfig:
     """"auto", "cpu", "cuda" or "cuda:1". "auto" takes a GPU if there is one."""
     dtype: str = "auto"
     """"auto", "float32", "bfloat16" or "float16": what the networks compute in. Latents are float32 always."""
+    quantization: str = "none"
+    """"none" is the only one so far."""
     embedding_cache: int = 64
     """How many encoded prompts are kept; 0 keeps none."""
     weights: Path | None = None
@@ -31,6 +34,10 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise UnsupportedError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if self.quantization not in QUANTIZATIONS:
+            raise UnsupportedError(
+                f"quantization {self.quantization!r} is not there in this version; use {', '.join(QUANTIZATIONS)}"
+            )
         if self.embedding_cache < 0:
             raise UnsupportedError(f"embedding_cache {self.embedding_cache} is below 0")
 
@@ -40,6 +47,7 @@ class EngineConfig:
         *,
         device: str | None = None,
         dtype: str | None = None,
+        quantization: str = "none",
         embedding_cache: int = 64,
         environment: Mapping[str, str] = os.environ,
     ) -> EngineConfig:
@@ -48,6 +56,7 @@ class EngineConfig:
         return cls(
             device=device or environment.get("FLUX_ENGINE_DEVICE", "auto"),
             dtype=dtype or environment.get("FLUX_ENGINE_DTYPE", "auto"),
+            quantization=quantization,
             embedding_cache=embedding_cache,
             weights=Path(weights) if weights else None,
         )

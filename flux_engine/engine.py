@@ -29,6 +29,7 @@ def load(
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    quantization: str = "none",
     embedding_cache: int = 64,
 ) -> Engine:
     """Load a model by name and return an engine that runs requests on it.
@@ -40,6 +41,7 @@ def load(
     config = EngineConfig.from_environment(
         device=None if device is None else str(device),
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+        quantization=quantization,
         embedding_cache=embedding_cache,
     )
     began = time.perf_counter()
