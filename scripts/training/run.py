@@ -79,9 +79,9 @@ class Run:
         partial.replace(self.path)
 
     def factor(self) -> float:
-        """Of the learning rate: up over 100 steps, level, and down to a fiftieth over the last two fifths."""
+        """Of the learning rate: up over 100 steps, level, and down to a fiftieth over the last three fifths."""
         warm = min(1.0, (self.step + 1) / 100)
-        return warm * max(0.02, min(1.0, 2.5 * (1 - self.step / self.steps)))
+        return warm * max(0.02, min(1.0, (1 - self.step / self.steps) / 0.6))
 
     def train(self, loss_of: LossOf) -> None:
         """`loss_of(rng)` draws a batch and returns the loss, and figures for the log."""
