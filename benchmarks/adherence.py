@@ -1,7 +1,7 @@
 """How often a model draws what it is asked for: sampled scenes, put into words, drawn, and read back by the oracle.
 
 python -m benchmarks.adherence --model demo-schnell --count 200 --seed 0 [--steps N] [--quantization X]
-    [--size WxH or all] [--guidance G] [--held-out] [--things 1|2] [--output SHEET.png]
+    [--size WxH or all] [--guidance G] [--held-out] [--things 1|2] [--autoencoder] [--output SHEET.png]
 
 A picture counts as right if every attribute that its caption states is. The same seed asks for the same scenes in the
 same words, whatever the other options are; a larger count adds to them.
@@ -23,13 +23,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image
 
 import flux_engine
 from benchmarks import captions, oracle, sheets, world
+from flux_engine import Engine, images
 from flux_engine.specs import MEGAPIXELS, PUBLISHED_SIZES, ModelSpec
 
 Size = tuple[int, int]
+Draw = Callable[[world.Scene, str, int, Size | None], Image.Image]
+"""Scene, its caption, seed, size or None for the model's own -> picture."""
 COLUMNS = 8
 MAX_TILES = 400
 """Most pictures a sheet shows, the first ones."""
@@ -115,14 +120,35 @@ def scenes(seed: int, *, held_out: bool = False, things: int | None = None) -> I
             yield scene, caption
 
 
+def from_captions(engine: Engine, *, steps: int | None = None, guidance: float | None = None) -> Draw:
+    """Draws with a model, which is told the caption."""
+
+    def draw(_: world.Scene, caption: str, seed: int, size: Size | None) -> Image.Image:
+        fields: dict[str, Any] = {} if size is None else {"width": size[0], "height": size[1]}
+        return engine(caption, seed=seed, num_inference_steps=steps, guidance_scale=guidance, **fields).image
+
+    return draw
+
+
+def through_autoencoder(engine: Engine) -> Draw:
+    """The world's own drawing, encoded and decoded: what the best of transformers could draw with this autoencoder."""
+    vae = engine._pipeline.family.vae
+
+    @torch.inference_mode()
+    def draw(scene: world.Scene, _: str, seed: int, size: Size | None) -> Image.Image:
+        picture = world.draw(scene, *(size or engine.spec.sizes.named("1:1")), random.Random(seed))
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1
+        return images.to_pil(vae.decode(vae.encode(pixels))[0])
+
+    return draw
+
+
 def measure(
-    engine: Callable[..., Any],
+    draw: Draw,
     count: int,
     seed: int,
     *,
     sizes: Sequence[Size | None] = (None,),
-    steps: int | None = None,
-    guidance: float | None = None,
     things: int | None = None,
     held_out: bool = False,
 ) -> Report:
@@ -132,14 +158,11 @@ def measure(
     """
     drawings: list[Drawing] = []
     for size in sizes:
-        fields: dict[str, Any] = {} if size is None else {"width": size[0], "height": size[1]}
         for is_held_out in (False, True)[: 1 + held_out]:
             asked = islice(scenes(seed, held_out=is_held_out, things=things), count)
             for number, (scene, caption) in enumerate(asked):
                 began = time.perf_counter()
-                picture = engine(
-                    caption, seed=seed + number, num_inference_steps=steps, guidance_scale=guidance, **fields
-                ).image
+                picture = draw(scene, caption, seed + number, size)
                 seconds = time.perf_counter() - began
                 verdict = oracle.judge(picture, scene)
                 drawings.append(Drawing(scene, caption, is_held_out, picture, verdict, seconds))
@@ -189,6 +212,9 @@ def main() -> None:
     parser.add_argument("--size", type=_size, help="WxH, or all for every size of the model")
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--held-out", action="store_true", help="as many again with pairs no training has shown")
+    parser.add_argument(
+        "--autoencoder", action="store_true", help="leave the transformer out: drawn pictures, encoded and decoded"
+    )
     parser.add_argument("--things", type=int, choices=(1, 2), help="only scenes with this number of objects")
     parser.add_argument("--output", type=Path, help="write the pictures as one sheet")
     args = parser.parse_args()
@@ -199,13 +225,15 @@ def main() -> None:
         engine = flux_engine.load(args.model, quantization=args.quantization)
     except flux_engine.FluxEngineError as error:
         parser.error(str(error))
+    if args.autoencoder:
+        draw = through_autoencoder(engine)
+    else:
+        draw = from_captions(engine, steps=args.steps, guidance=args.guidance)
     report = measure(
-        engine,
+        draw,
         args.count,
         args.seed,
         sizes=all_sizes(engine.spec) if args.size == "all" else [args.size],
-        steps=args.steps,
-        guidance=args.guidance,
         things=args.things,
         held_out=args.held_out,
     )
@@ -217,6 +245,7 @@ def main() -> None:
         "model": args.model,
         "count": args.count,
         "seed": args.seed,
+        "autoencoder": args.autoencoder,
         "steps": args.steps or engine.spec.num_inference_steps,
         "size": "all" if args.size == "all" else _name(report.drawings[0].picture.size),
         "adherence": report.adherence,

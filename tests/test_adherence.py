@@ -1,34 +1,27 @@
-"""The adherence benchmark counts right: with an engine that draws what is said, and with one that draws nothing."""
+"""The adherence benchmark counts right: drawings of what is said, and drawings of nothing; and asks the model."""
 
 from __future__ import annotations
 
 import random
 from itertools import islice
-from types import SimpleNamespace
-from typing import Any
 
 from PIL import Image
 
-from benchmarks import adherence, world
+from benchmarks import adherence, oracle, world
+from flux_engine.engine import Engine
 
 COUNT, SEED = 6, 5
-SCENES = {
-    caption: scene
-    for held_out in (False, True)
-    for scene, caption in islice(adherence.scenes(SEED, held_out=held_out), COUNT)
-}
 
 
-def perfect(caption: str, *, seed: int, width: int = 128, height: int = 128, **_: Any) -> SimpleNamespace:
-    """Looks up the scene that a caption means."""
-    return SimpleNamespace(image=world.draw(SCENES[caption], width, height, random.Random(seed)))
+def perfect(scene: world.Scene, _: str, seed: int, size: adherence.Size | None) -> Image.Image:
+    return world.draw(scene, *(size or (128, 128)), random.Random(seed))
 
 
-def blank(_: str, **fields: Any) -> SimpleNamespace:
-    return SimpleNamespace(image=Image.new("RGB", (64, 64), "white"))
+def blank(*_: object) -> Image.Image:
+    return Image.new("RGB", (64, 64), "white")
 
 
-def test_a_perfect_engine_is_right_everywhere() -> None:
+def test_perfect_drawings_are_right_everywhere() -> None:
     report = adherence.measure(perfect, COUNT, SEED, sizes=[(128, 128), (192, 80)], held_out=True)
     assert len(report.drawings) == 4 * COUNT and len(report.asked) == 2 * COUNT
     assert report.adherence == report.held_out == report.with_things(1) == 1.0
@@ -37,7 +30,7 @@ def test_a_perfect_engine_is_right_everywhere() -> None:
     assert adherence.sheet(report.drawings).width > 0
 
 
-def test_an_engine_that_draws_nothing_is_right_nowhere() -> None:
+def test_blank_pictures_are_right_nowhere() -> None:
     report = adherence.measure(blank, COUNT, SEED)
     assert report.adherence == 0.0 and report.held_out is None
     assert not any(report.attributes["shape"])
@@ -55,3 +48,16 @@ def test_the_same_seed_asks_for_the_same() -> None:
         (scene.things[0].shape, scene.things[0].color) in world.HELD_OUT
         for scene, _ in islice(adherence.scenes(SEED, held_out=True), 20)
     )
+
+
+def test_a_model_is_asked_for_the_caption(engine: Engine) -> None:
+    draw = adherence.from_captions(engine, steps=2)
+    scene, caption = next(adherence.scenes(SEED))
+    picture = draw(scene, caption, 3, (192, 80))
+    assert picture == engine(caption, seed=3, num_inference_steps=2, width=192, height=80).image
+
+
+def test_the_autoencoder_alone_draws_the_scene(engine: Engine) -> None:
+    draw = adherence.through_autoencoder(engine)
+    for scene, caption in islice(adherence.scenes(SEED), 4):
+        assert all(oracle.judge(draw(scene, caption, 0, None), scene).values())
