@@ -65,17 +65,17 @@ def main() -> None:
     commands.add_parser("captions").set_defaults(run=latents.make_texts)
 
     for name, run, steps, lr, batch in (
-        ("base", flux.train_base, 10_000, 1.2e-3, 12),
-        ("dev", flux.train_dev, 500, 4e-4, 12),
-        ("schnell", flux.train_schnell, 800, 4e-4, 10),
+        ("base", flux.train_base, 10_000, 1.2e-3, 18),
+        ("dev", flux.train_dev, 350, 4e-4, 16),
+        ("schnell", flux.train_schnell, 300, 4e-4, 8),
     ):
         command = part(name, run, steps=steps, lr=lr, batch=batch)
-        command.add_argument("--large", type=float, default=0.5, help="share of batches at the full megapixel")
+        command.add_argument("--large", type=float, default=0.35, help="share of batches at the full megapixel")
         if name != "schnell":
-            command.add_argument("--visits", type=int, default=3, help="noise levels at which a picture is shown")
+            command.add_argument("--visits", type=int, default=2, help="noise levels at which a picture is shown")
         if name == "base":
             command.add_argument("--start", type=Path, help="weights to start from, a safetensors file")
-            command.add_argument("--thin", type=float, default=0.0, help="share of those with half of their tokens")
+            command.add_argument("--thin", type=float, default=0.8, help="share of those with half of their tokens")
 
     kept = commands.add_parser("checkpoint")
     kept.add_argument("names", nargs="+", metavar="RUN")

@@ -31,14 +31,14 @@ def export(args: argparse.Namespace) -> None:
             folder = WEIGHTS / "demo" / model
             write_tensors(folder / "transformer.safetensors", read_average(model, "flux."))
             write_manifest(model)
-    write_logs(WEIGHTS / "logs")
+    write_logs()
 
 
 def checkpoint(args: argparse.Namespace) -> None:
     """Keep the moving averages of runs in the repository, in bfloat16, for a training that goes on elsewhere."""
     for name in args.names:
         write_tensors(KEPT / f"{name}.safetensors", read_average(name))
-    write_logs(KEPT)
+    write_logs()
 
 
 def write_shared() -> None:
@@ -92,8 +92,9 @@ def write_manifest(model: str) -> None:
     (WEIGHTS / "manifests" / f"{model}.toml").write_text("\n".join(lines) + "\n")
 
 
-def write_logs(logs: Path) -> None:
+def write_logs() -> None:
     """The curves, thinned to LOG_LINES lines each."""
+    logs = WEIGHTS / "logs"
     logs.mkdir(exist_ok=True)
     for path in OUT.glob("*.jsonl"):
         lines = path.read_text().splitlines()

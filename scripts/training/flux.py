@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.optim import _muon
 
 import flux_engine.models.flux
 from flux_engine import ops
@@ -71,7 +72,7 @@ def use_faster_operations() -> None:
     flux_engine.models.flux.attention = explicit_attention
     ops.apply_rotary = complex_rotary
     if not has_bf16(torch.device("cpu")):
-        torch.optim._muon._zeropower_via_newtonschulz = orthogonal
+        _muon._zeropower_via_newtonschulz = orthogonal
 
 
 class Traced(nn.Module):
