@@ -220,22 +220,13 @@ DEMO_DEV = replace(
     max_sequence_length=40,
 )
 
-# An earlier, smaller model, trained for one size: 128 px square, an eighth of the published one megapixel.
 DEMO_SCHNELL = replace(
-    FLUX_SCHNELL,
+    DEMO_DEV,
     name="demo-schnell",
-    transformer=FluxParams(
-        vec_in_dim=64,
-        context_in_dim=64,
-        hidden_size=128,
-        num_heads=4,
-        depth=2,
-        depth_single_blocks=4,
-        axes_dim=(4, 14, 14),
-    ),
-    vae=DEMO_DEV.vae,
-    sizes=SizeTable(divisor=8, min_side=32, max_side=256, max_pixels=256 * 256),
-    max_sequence_length=48,
+    transformer=replace(DEMO_DEV.transformer, guidance_embed=False),
+    schedule=FLUX_SCHNELL.schedule,
+    num_inference_steps=FLUX_SCHNELL.num_inference_steps,
+    guidance_scale=None,
 )
 
 SPECS: Mapping[str, ModelSpec] = MappingProxyType(

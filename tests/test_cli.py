@@ -29,11 +29,11 @@ def test_generate_writes_a_picture_and_says_how_long_it_took(tmp_path: Path) -> 
     for stage in ("import", "load", "encode", "denoise", "decode", "save"):
         assert f"{stage} " in done.stderr.splitlines()[-1]
     with Image.open(out) as image:
-        assert image.size == (128, 128)
+        assert image.size == (256, 256)
     text = read_parameters(out)
     assert text is not None
     assert text.startswith("a red circle\nSteps: 4, Sampler: Euler")
-    assert "Seed: 0, Size: 128x128, Model: demo-schnell" in text
+    assert "Seed: 0, Size: 256x256, Model: demo-schnell" in text
 
 
 def test_the_seed_told_is_the_seed_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

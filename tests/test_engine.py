@@ -18,7 +18,7 @@ from flux_engine.engine import Engine
 from flux_engine.pipeline import Step
 
 PROMPT = "a large red circle on a blue background"
-SQUARE = (128, 128)
+SQUARE = (256, 256)
 OTHER = "a small yellow star at the top left on a black background"
 
 
@@ -80,7 +80,7 @@ def test_output_types(engine: Engine) -> None:
     assert tensor.shape == (3, *SQUARE)
     assert 0 <= tensor.min() <= tensor.max() <= 1
     latent = engine(PROMPT, seed=0, output_type="latent").image
-    assert latent.shape == (16, 16, 16)
+    assert latent.shape == (16, 32, 32)
     assert latent.dtype == torch.float32
     assert not latent.is_inference()  # the caller may go on with it, with gradients too
     assert not tensor.is_inference()
@@ -92,10 +92,10 @@ def test_callback_sees_every_step_and_a_preview(engine: Engine) -> None:
     assert [(s.index, s.total) for s in steps] == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert [s.timestep for s in steps] == [1.0, 0.75, 0.5, 0.25]
     previews = steps[-1].preview()
-    assert [p.size for p in previews] == [(16, 16)] * 2
-    small = np.asarray(result.image.resize((16, 16), Image.Resampling.BOX), float)
+    assert [p.size for p in previews] == [(32, 32)] * 2
+    small = np.asarray(result.image.resize((32, 32), Image.Resampling.BOX), float)
     shown = np.asarray(previews[0], float)
-    other = np.asarray(engine(OTHER, seed=0).image.resize((16, 16), Image.Resampling.BOX), float)
+    other = np.asarray(engine(OTHER, seed=0).image.resize((32, 32), Image.Resampling.BOX), float)
     # The preview shows the picture, roughly, and not another one.
     assert 2 * np.abs(small - shown).mean() < np.abs(other - shown).mean()
 
@@ -208,7 +208,7 @@ def test_out_of_memory_is_typed_and_leaves_the_engine_usable(engine: Engine) -> 
     def fail(step: Step) -> None:
         torch.empty(2**60)  # what torch itself says when memory runs out
 
-    with pytest.raises(OutOfMemory, match="128x128"):
+    with pytest.raises(OutOfMemory, match="256x256"):
         engine(PROMPT, on_step=fail)
     assert engine(PROMPT, seed=0).image.size == SQUARE
 
@@ -217,7 +217,7 @@ def test_long_prompts_are_cut_and_reported(engine: Engine) -> None:
     long = PROMPT + " and more" * 100
     result = engine(long, seed=0, num_inference_steps=1)
     assert len(result.notes) == 1
-    assert "cut to 48 tokens" in result.notes[0]
+    assert "cut to 40 tokens" in result.notes[0]
     with pytest.raises(InvalidRequest, match="strict"):
         engine(long, strict=True)
     again = engine(long, seed=0, num_inference_steps=1)
@@ -244,6 +244,8 @@ def test_unknown_names_are_refused() -> None:
         flux_engine.load("demo-schnel")
     with pytest.raises(UnsupportedError, match="dtype 'int4'"):
         flux_engine.load("demo-schnell", dtype="int4")
+    with pytest.raises(UnsupportedError, match="quantization 'int8' is not there"):
+        flux_engine.load("demo-schnell", quantization="int8")
     with pytest.raises(UnsupportedError, match="device 'tpu'"):
         flux_engine.load("demo-schnell", device="tpu")
     if not torch.cuda.is_available():

@@ -116,7 +116,7 @@ def test_prediction(predictor: Predictor, lines: list[str]) -> None:
     for path in paths:
         with Image.open(path) as image:
             assert image.format == "WEBP"
-            assert image.size == (64, 64)
+            assert image.size == (128, 128)
             assert not image.getexif()  # hosted pictures carry no metadata
     assert lines[0] == "Using seed: 0"
     progress = [PROGRESS.match(line) for line in lines]

@@ -49,7 +49,7 @@ def sign(root: Path) -> None:
 
 def test_a_copy_elsewhere_loads(copy: Path) -> None:
     engine = flux_engine.load("demo-schnell", device="cpu")
-    assert engine("a red circle", seed=0, num_inference_steps=1).image.size == (128, 128)
+    assert engine("a red circle", seed=0, num_inference_steps=1).image.size == (256, 256)
 
 
 def test_missing_file(copy: Path) -> None:
@@ -89,7 +89,7 @@ def test_tensors_missing_left_over_or_misshapen_are_listed(copy: Path) -> None:
     text = str(caught.value)
     assert "1 missing: txt_in.bias" in text
     assert "1 not known: extra.weight" in text
-    assert "img_in.bias is [7], not [128]" in text
+    assert "img_in.bias is [7], not [192]" in text
 
 
 def test_another_network_is_refused(copy: Path) -> None:
