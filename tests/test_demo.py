@@ -106,9 +106,20 @@ def test_held_out_pairs_and_two_objects(name: str, request: pytest.FixtureReques
     assert share(report.with_things(2)) >= 0.70, adherence.table(report)
 
 
+POOR = {
+    (176, 96), (96, 176), (192, 80), (80, 192), (160, 112), (112, 144), (144, 112), (384, 160), (160, 384), (192, 336),
+}  # fmt: skip
+"""Sizes of which fewer than 0.80 of 50 pictures were right."""
+
+
 @pytest.mark.full
-@NOT_YET
-@pytest.mark.parametrize("size", sorted(set(adherence.all_sizes(DEMO_DEV))), ids=lambda size: f"{size[0]}x{size[1]}")
+@pytest.mark.parametrize(
+    "size",
+    [
+        pytest.param(size, id=f"{size[0]}x{size[1]}", marks=NOT_YET if size in POOR else ())
+        for size in dict.fromkeys(adherence.all_sizes(DEMO_DEV))
+    ],
+)
 def test_every_size_of_the_table(schnell: Engine, size: tuple[int, int]) -> None:
     report = adherence.measure(from_captions(schnell), 100, SEED, sizes=[size])
     assert share(report.adherence) >= 0.80, adherence.table(report)
