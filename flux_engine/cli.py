@@ -1,4 +1,4 @@
-"""The command line: `flux-engine generate|models|info|schema`.
+"""The command line: `flux-engine generate|models|info|inspect|schema`.
 
 A request is checked before torch is imported, so a slip of the keyboard answers in a tenth of a second.
 """
@@ -90,6 +90,15 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--dtype")
     info.add_argument("--json", action="store_true")
     info.set_defaults(run=_info)
+
+    inspect = commands.add_parser("inspect", help="what a weight file or folder holds")
+    inspect.add_argument("path", type=Path)
+    inspect.add_argument(
+        "--values", action="store_true", help="read every number, and name tensors with NaN or infinity"
+    )
+    inspect.add_argument("--names", action="store_true", help="list every tensor")
+    inspect.add_argument("--json", action="store_true")
+    inspect.set_defaults(run=_inspect)
 
     schema = commands.add_parser("schema", help="show a published input schema")
     schema.add_argument("name", help=f"one of {', '.join(SCHEMAS)}")
@@ -219,6 +228,37 @@ def _info(args: argparse.Namespace) -> None:
         _print(json.dumps(report))
         return
     _print_tree(report)
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from flux_engine.checkpoints.inspect import inspect, tensors
+
+    report = inspect(args.path, values=args.values)
+    if args.names:
+        report["tensors"] = tensors(args.path)
+    if args.json:
+        _print(json.dumps(report))
+        return
+    _print(f"{args.path}: {report['what']}")
+    for part in report["parts"]:
+        dtypes = ", ".join(f"{count} {dtype}" for dtype, count in part["dtypes"].items())
+        _print(f"  {part['what']} ({part['layout']}), under {part['prefix'] or 'no prefix'}")
+        _print(f"    {part['parameters']:,} numbers in {part['tensors']} tensors: {dtypes}")
+        for kind in ("missing", "unknown", "of another shape", "problem"):
+            if part.get(kind):
+                _print(f"    {kind}: {_some(part[kind])}")
+    for kind in ("rest", "not finite"):
+        if report.get(kind):
+            _print(f"  {kind}: {_some(report[kind])}")
+    for name, (dtype, shape) in (report["tensors"] if args.names else {}).items():
+        _print(f"  {name}  {dtype}  {shape}")
+
+
+def _some(names: str | list[str]) -> str:
+    """The first of many names."""
+    if isinstance(names, str):
+        return names
+    return f"{len(names)}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
 
 
 def _print_tree(report: dict[str, Any], indent: str = "") -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flux_engine.checkpoints.detect import pick
 from flux_engine.checkpoints.load import load_module
 from flux_engine.checkpoints.source import WeightSource
 from flux_engine.errors import WeightsError
@@ -69,7 +70,8 @@ class FluxFamily:
 
         Raises WeightsError if a file does not hold what the spec or the file itself promises.
         """
-        with WeightSource(files["transformer"]) as source:
+        with WeightSource.open(files["transformer"]) as file:
+            source = pick(file, "flux")
             params = FluxParams.from_shapes(source.shapes)
             if params.guidance_embed != (spec.guidance_scale is not None):
                 raise WeightsError(
@@ -77,8 +79,8 @@ class FluxFamily:
                     f"which does not fit {spec.name}"
                 )
             net = load_module(lambda: Flux(params), source, dtype=dtype, device=device)
-        with WeightSource(files["vae"]) as source:
-            vae = load_module(lambda: AutoEncoder(spec.vae), source, dtype=dtype, device=device)
+        with WeightSource.open(files["vae"]) as file:
+            vae = load_module(lambda: AutoEncoder(spec.vae), pick(file, "vae"), dtype=dtype, device=device)
         # Convolutions run faster on channels last, on CPUs and on tensor cores.
         nn.Module.to(vae, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         text = FluxTextEncoder.load(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import gcd
 from types import MappingProxyType
 
 from flux_engine.errors import InvalidRequest, WeightsError
@@ -83,6 +84,26 @@ class VAEParams:
     scaling_factor: float = 0.3611
     shift_factor: float = 0.1159
     quant_conv: bool = False
+
+    @classmethod
+    def from_shapes(cls, shapes: Shapes) -> VAEParams:
+        """Read every width and depth off a checkpoint with LDM's key names. What no shape tells is FLUX's: scaling, and
+        32 groups, or as many as divide the channels.
+
+        Raises WeightsError naming the first key that is missing.
+        """
+        channels = _shape(shapes, "decoder.norm_out.weight")[0]
+        levels = _count(shapes, "decoder.up.")
+        widths = [_shape(shapes, f"decoder.up.{level}.block.0.conv1.weight")[0] for level in range(levels)]
+        return cls(
+            image_channels=_shape(shapes, "decoder.conv_out.weight")[0],
+            latent_channels=_shape(shapes, "decoder.conv_in.weight")[1],
+            channels=channels,
+            channel_multipliers=tuple(width // channels for width in widths),
+            num_res_blocks=_count(shapes, "decoder.up.0.block.") - 1,
+            norm_groups=gcd(32, channels),
+            quant_conv="quant_conv.weight" in shapes,
+        )
 
     @property
     def downscale(self) -> int:
@@ -236,7 +257,7 @@ SPECS: Mapping[str, ModelSpec] = MappingProxyType(
 
 def _shape(shapes: Shapes, key: str) -> Sequence[int]:
     if key not in shapes:
-        raise WeightsError(f"no tensor {key!r}: this is not a FLUX.1 transformer with Black Forest Labs' key names")
+        raise WeightsError(f"no tensor {key!r}: this is not the network it seems to be")
     return shapes[key]
 
 

@@ -24,6 +24,7 @@ from transformers import (
     T5Tokenizer,
 )
 
+from flux_engine.checkpoints.detect import pick
 from flux_engine.checkpoints.load import load_module
 from flux_engine.checkpoints.source import WeightSource
 
@@ -78,11 +79,11 @@ class FluxTextEncoder:
         # float16 overflows inside T5, which was trained in bfloat16 (huggingface/candle issue 2480).
         dtype = torch.float32 if dtype == torch.float16 else dtype
         clip_config = CLIPTextConfig.from_json_file(files["text_encoder"] / "config.json")
-        with WeightSource(files["text_encoder"] / "model.safetensors") as source:
+        with WeightSource.open(files["text_encoder"]) as file:
             # Published files say `text_model.` before every name; newer versions of transformers do not.
             clip = load_module(
                 lambda: CLIPTextModel(clip_config),
-                source,
+                pick(file, "clip"),
                 dtype=dtype,
                 device=device,
                 rename=lambda name: f"text_model.{name.removeprefix('text_model.')}",
@@ -92,10 +93,10 @@ class FluxTextEncoder:
             parent, _, leaf = name.rpartition(".")
             clip.get_submodule(parent).register_buffer(leaf, positions[None], persistent=False)
         t5_config = T5Config.from_json_file(files["text_encoder_2"] / "config.json")
-        with WeightSource(files["text_encoder_2"] / "model.safetensors") as source:
+        with WeightSource.open(files["text_encoder_2"]) as file:
             t5 = load_module(
                 lambda: T5EncoderModel(t5_config),
-                source,
+                pick(file, "t5"),
                 dtype=dtype,
                 device=device,
                 tied={"encoder.embed_tokens.weight": "shared.weight"},

@@ -14,9 +14,10 @@ from torch import nn
 
 import flux_engine
 from flux_engine import WeightsError, hub
-from flux_engine.checkpoints.keys import FLUX_DIFFUSERS, to_theirs
+from flux_engine.checkpoints.keys import to_theirs
 from flux_engine.checkpoints.load import load_module
 from flux_engine.checkpoints.source import WeightSource
+from flux_engine.checkpoints.tables import FLUX_DIFFUSERS
 
 CPU = torch.device("cpu")
 
@@ -112,7 +113,7 @@ def test_another_network_is_refused(copy: Path) -> None:
 def test_hostile_files_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
-    with pytest.raises(WeightsError, match=r"x\.safetensors"), WeightSource(path) as source:
+    with pytest.raises(WeightsError, match=r"x\.safetensors"), WeightSource.open(path) as source:
         source.rows("a")
 
 
@@ -121,14 +122,14 @@ def test_offsets_past_the_end_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 8)
     with pytest.raises(WeightsError):
-        WeightSource(path)
+        WeightSource.open(path)
 
 
 def test_rows_are_rows(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     whole = torch.arange(12, dtype=torch.float32).reshape(4, 3)
     save_file({"a": whole}, path)
-    with WeightSource(path) as source:
+    with WeightSource.open(path) as source:
         assert torch.equal(source.rows("a"), whole)
         assert torch.equal(source.rows("a", 1, 3), whole[1:3])
         assert source.rows("a", dtype=torch.bfloat16).dtype == torch.bfloat16
@@ -140,7 +141,7 @@ def test_loading_fills_every_tensor_and_freezes_it(tmp_path: Path) -> None:
     original = nn.Linear(3, 2)
     path = tmp_path / "x.safetensors"
     save_file(original.state_dict(), path)
-    with WeightSource(path) as source:
+    with WeightSource.open(path) as source:
         loaded = load_module(lambda: nn.Linear(3, 2), source, dtype=torch.float32, device=CPU)
     assert torch.equal(loaded.weight, original.weight)
     assert not loaded.weight.requires_grad

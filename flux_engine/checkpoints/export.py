@@ -14,11 +14,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flux_engine.checkpoints.keys import (
-    FLUX_DIFFUSERS,
-    to_theirs,
-    vae_diffusers,
-)
+from flux_engine.checkpoints.keys import to_theirs
+from flux_engine.checkpoints.tables import FLUX_DIFFUSERS, vae_diffusers
 from flux_engine.models.flux import Flux
 from flux_engine.models.vae import AutoEncoder
 from flux_engine.specs import FlowSchedule, FluxParams, VAEParams

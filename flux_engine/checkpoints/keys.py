@@ -1,19 +1,19 @@
-"""Key tables: how other layouts name what our networks hold.
+"""Key tables: how another layout names what our networks hold, and reading or writing through one.
 
-A table is a list of entries with `{i}` and `{j}` for numbers. An entry with several foreign names says that our
-tensor's rows are theirs, one after another. Source of the names: huggingface/diffusers, FluxTransformer2DModel and
-AutoencoderKL.
+A table is a list of entries with `{i}` for a number. An entry with several foreign names says that our tensor's rows
+are theirs, one after another. The tables are in `tables.py`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from flux_engine.checkpoints.source import Recipe, WeightSource
 from flux_engine.errors import WeightsError
 
 
@@ -22,6 +22,7 @@ class Entry:
     """One line of a key table: names without `.weight` or `.bias`, which both sides carry alike."""
 
     ours: str
+    """Empty for what a layout holds and no network needs."""
     theirs: tuple[str, ...]
     swap_halves: bool = False
     """Our rows are (shift, scale), theirs (scale, shift)."""
@@ -29,134 +30,106 @@ class Entry:
     """Ours is a 1x1 convolution, theirs a linear with the same numbers."""
     leaf: tuple[str, str] | None = None
     """Our and their last name part, where it is not the same on both sides."""
+    part: tuple[int, int] | None = None
+    """(k, n): ours is the k-th of n equal parts of their rows."""
+    transposed: bool = False
 
 
-def _one(ours: str, theirs: str) -> Entry:
-    return Entry(ours, (theirs,))
+Table = tuple[Entry, ...]
 
 
-def _norm(ours: str, theirs: str) -> Entry:
-    return Entry(ours, (theirs,), leaf=("scale", "weight"))
-
-
-_D = "double_blocks.{i}."
-_T = "transformer_blocks.{i}."
-_S = "single_blocks.{i}."
-_U = "single_transformer_blocks.{i}."
-
-FLUX_DIFFUSERS: tuple[Entry, ...] = (
-    _one("img_in", "x_embedder"),
-    _one("txt_in", "context_embedder"),
-    _one("time_in.in_layer", "time_text_embed.timestep_embedder.linear_1"),
-    _one("time_in.out_layer", "time_text_embed.timestep_embedder.linear_2"),
-    _one("vector_in.in_layer", "time_text_embed.text_embedder.linear_1"),
-    _one("vector_in.out_layer", "time_text_embed.text_embedder.linear_2"),
-    _one("guidance_in.in_layer", "time_text_embed.guidance_embedder.linear_1"),
-    _one("guidance_in.out_layer", "time_text_embed.guidance_embedder.linear_2"),
-    _one(_D + "img_mod.lin", _T + "norm1.linear"),
-    _one(_D + "txt_mod.lin", _T + "norm1_context.linear"),
-    Entry(_D + "img_attn.qkv", (_T + "attn.to_q", _T + "attn.to_k", _T + "attn.to_v")),
-    Entry(
-        _D + "txt_attn.qkv",
-        (_T + "attn.add_q_proj", _T + "attn.add_k_proj", _T + "attn.add_v_proj"),
-    ),
-    _norm(_D + "img_attn.norm.query_norm", _T + "attn.norm_q"),
-    _norm(_D + "img_attn.norm.key_norm", _T + "attn.norm_k"),
-    _norm(_D + "txt_attn.norm.query_norm", _T + "attn.norm_added_q"),
-    _norm(_D + "txt_attn.norm.key_norm", _T + "attn.norm_added_k"),
-    _one(_D + "img_attn.proj", _T + "attn.to_out.0"),
-    _one(_D + "txt_attn.proj", _T + "attn.to_add_out"),
-    _one(_D + "img_mlp.0", _T + "ff.net.0.proj"),
-    _one(_D + "img_mlp.2", _T + "ff.net.2"),
-    _one(_D + "txt_mlp.0", _T + "ff_context.net.0.proj"),
-    _one(_D + "txt_mlp.2", _T + "ff_context.net.2"),
-    _one(_S + "modulation.lin", _U + "norm.linear"),
-    Entry(
-        _S + "linear1",
-        (_U + "attn.to_q", _U + "attn.to_k", _U + "attn.to_v", _U + "proj_mlp"),
-    ),
-    _one(_S + "linear2", _U + "proj_out"),
-    _norm(_S + "norm.query_norm", _U + "attn.norm_q"),
-    _norm(_S + "norm.key_norm", _U + "attn.norm_k"),
-    _one("final_layer.linear", "proj_out"),
-    Entry("final_layer.adaLN_modulation.1", ("norm_out.linear",), swap_halves=True),
-)
-
-
-def _resnets(ours: str, theirs: str) -> list[Entry]:
-    same = ("norm1", "conv1", "norm2", "conv2")
-    return [_one(f"{ours}.{name}", f"{theirs}.{name}") for name in same] + [
-        _one(f"{ours}.nin_shortcut", f"{theirs}.conv_shortcut")
-    ]
-
-
-def vae_diffusers(levels: int) -> tuple[Entry, ...]:
-    """The autoencoder's table. Of its `levels` resolutions, diffusers counts the decoder's from the other end."""
-    table: list[Entry] = []
-    for side in ("encoder", "decoder"):
-        table += [
-            _one(f"{side}.conv_in", f"{side}.conv_in"),
-            _one(f"{side}.norm_out", f"{side}.conv_norm_out"),
-            _one(f"{side}.conv_out", f"{side}.conv_out"),
-        ]
-        middle = f"{side}.mid_block.attentions.0"
-        table += _resnets(f"{side}.mid.block_1", f"{side}.mid_block.resnets.0")
-        table += _resnets(f"{side}.mid.block_2", f"{side}.mid_block.resnets.1")
-        table.append(_one(f"{side}.mid.attn_1.norm", f"{middle}.group_norm"))
-        for ours, theirs in (
-            ("q", "to_q"),
-            ("k", "to_k"),
-            ("v", "to_v"),
-            ("proj_out", "to_out.0"),
-        ):
-            table.append(Entry(f"{side}.mid.attn_1.{ours}", (f"{middle}.{theirs}",), matrix=True))
-    for level in range(levels):
-        up = levels - 1 - level
-        table += _resnets(
-            f"encoder.down.{level}.block.{{i}}",
-            f"encoder.down_blocks.{level}.resnets.{{i}}",
-        )
-        table += _resnets(f"decoder.up.{level}.block.{{i}}", f"decoder.up_blocks.{up}.resnets.{{i}}")
-        table.append(
-            _one(
-                f"encoder.down.{level}.downsample.conv",
-                f"encoder.down_blocks.{level}.downsamplers.0.conv",
-            )
-        )
-        table.append(
-            _one(
-                f"decoder.up.{level}.upsample.conv",
-                f"decoder.up_blocks.{up}.upsamplers.0.conv",
-            )
-        )
-    table += [
-        _one("quant_conv", "quant_conv"),
-        _one("post_quant_conv", "post_quant_conv"),
-    ]
-    return tuple(table)
-
-
-def to_theirs(tensors: Mapping[str, Tensor], table: tuple[Entry, ...], *, width: int = 0) -> dict[str, Tensor]:
+def to_theirs(tensors: Mapping[str, Tensor], table: Table, *, width: int = 0) -> dict[str, Tensor]:
     """Rename (and split, swap, squeeze) our tensors to the other layout.
 
     `width` is the number of rows of every part of a joined tensor but the last, which takes the rest.
     Raises WeightsError for a tensor no entry matches.
     """
-    patterns = [(re.compile(_pattern(entry.ours)), entry) for entry in table]
     out: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        stem, _, leaf = name.rpartition(".")
-        for pattern, entry in patterns:
-            match = pattern.fullmatch(stem)
-            if match and (entry.leaf is None or entry.leaf[0] == leaf):
-                numbers = match.groupdict()
-                suffix = entry.leaf[1] if entry.leaf else leaf
-                names = [f"{t.format(**numbers)}.{suffix}" for t in entry.theirs]
-                out |= zip(names, _parts(tensor, entry, width), strict=True)
-                break
-        else:
+        entry, names = _theirs(name, table)
+        if entry is None:
             raise WeightsError(f"no entry of the key table matches {name!r}")
+        out |= zip(names, _parts(tensor, entry, width), strict=True)
     return out
+
+
+def _theirs(ours: str, table: Table) -> tuple[Entry | None, list[str]]:
+    """The entry for one of our tensors, and what the other layout calls it."""
+    stem, _, leaf = ours.rpartition(".")
+    for entry in table:
+        if entry.leaf is None or entry.leaf[0] == leaf:
+            match = re.fullmatch(_pattern(entry.ours), stem)
+            if match:
+                last = entry.leaf[1] if entry.leaf else leaf
+                return entry, [_dotted(theirs.format(**match.groupdict()), last) for theirs in entry.theirs]
+    return None, [ours]
+
+
+def _dotted(stem: str, leaf: str) -> str:
+    return f"{stem}.{leaf}" if stem else leaf
+
+
+def _alike(name: str) -> str:
+    """The same for a template and all that it stands for."""
+    return re.sub(r"\{i\}|\d+", "#", name)
+
+
+def to_ours(source: WeightSource, table: Table) -> WeightSource:
+    """The same tensors under our names. What no entry matches keeps its name, for the network to refuse.
+
+    Where only some of the tensors that make up one of ours are there, it is missing, and those are known.
+    """
+    alike: dict[str, list[Entry]] = {}
+    for entry in table:
+        for name in entry.theirs:
+            alike.setdefault(_alike(name), []).append(entry)
+    recipes: dict[str, Recipe] = {}
+    for name in source.recipes:
+        stem, _, leaf = name.rpartition(".")
+        known = False
+        for entry in alike.get(_alike(stem), ()):
+            matches = (re.fullmatch(_pattern(theirs), stem) for theirs in entry.theirs)
+            match = next((m for m in matches if m), None)
+            if match and (entry.leaf is None or entry.leaf[1] == leaf):
+                known = True
+                names = [_dotted(theirs.format(**match.groupdict()), leaf) for theirs in entry.theirs]
+                recipe = _joined(source, names, entry) if entry.ours else None
+                if recipe:
+                    ours = entry.ours.format(**match.groupdict())
+                    recipes[_dotted(ours, entry.leaf[0] if entry.leaf else leaf)] = recipe
+        if not known:
+            recipes[name] = source.recipes[name]
+
+    def spell(name: str) -> tuple[str, ...]:
+        return tuple(stored for theirs in _theirs(name, table)[1] for stored in source.spell(theirs))
+
+    return replace(source, recipes=recipes, spell=spell)
+
+
+def _joined(source: WeightSource, names: list[str], entry: Entry) -> Recipe | None:
+    parts = [source.recipes.get(name) for name in names]
+    found = [part for part in parts if part is not None]
+    if len(found) < len(parts):
+        return None
+    recipe = found[0]
+    if len(found) > 1:
+        if any(part.shape[1:] != recipe.shape[1:] or part.dtype != recipe.dtype for part in found):
+            told = ", ".join(f"{name} is {list(r.shape)}, {r.dtype}" for name, r in zip(names, found, strict=True))
+            raise WeightsError(f"{source.path}: tensors that belong together do not fit one another: {told}")
+        pieces = tuple(piece for part in found for piece in part.pieces)
+        recipe = replace(recipe, pieces=pieces, shape=(sum(part.shape[0] for part in found), *recipe.shape[1:]))
+    count = recipe.shape[0] if recipe.shape else 1
+    if entry.swap_halves:
+        halves = (recipe.rows(count // 2, count), recipe.rows(0, count // 2))
+        recipe = replace(recipe, pieces=tuple(piece for half in halves for piece in half.pieces))
+    if entry.part:
+        k, n = entry.part
+        recipe = recipe.rows(count * k // n, count * (k + 1) // n)
+    if entry.matrix and len(recipe.shape) == 2:
+        recipe = replace(recipe, shape=(*recipe.shape, 1, 1))
+    if entry.transposed:
+        recipe = replace(recipe, shape=recipe.shape[::-1], transposed=True)
+    return recipe
 
 
 def _pattern(template: str) -> str:
@@ -164,6 +137,8 @@ def _pattern(template: str) -> str:
 
 
 def _parts(tensor: Tensor, entry: Entry, width: int) -> list[Tensor]:
+    if entry.part or entry.transposed:
+        raise NotImplementedError(f"{entry} is for reading only")
     if entry.swap_halves:
         tensor = torch.cat(tensor.chunk(2)[::-1])
     if entry.matrix and tensor.dim() == 4:

@@ -48,13 +48,17 @@ def load_module(
 
 
 def _compare(source: WeightSource, wanted: Mapping[str, Sequence[int]]) -> None:
+    shapes = source.shapes
+    there = {name for file in source.files for name in file.tensors}
     problems = {
-        "missing": [name for name in wanted if name not in source.shapes],
-        "not known": [name for name in source.shapes if name not in wanted],
+        "missing": [
+            stored for name in wanted if name not in shapes for stored in source.spell(name) if stored not in there
+        ],
+        "not known": [source.recipes[name].stored for name in shapes if name not in wanted],
         "of another shape": [
-            f"{name} is {list(source.shapes[name])}, not {list(shape)}"
+            f"{source.recipes[name].stored} is {list(shapes[name])}, not {list(shape)}"
             for name, shape in wanted.items()
-            if name in source.shapes and source.shapes[name] != tuple(shape)
+            if name in shapes and shapes[name] != tuple(shape)
         ],
     }
     lines = [

@@ -1,63 +1,210 @@
-"""One reader for weight files.
+"""One reader of weights, over any file and any layout.
 
-Everything that needs weights asks a `WeightSource` for rows of a named tensor, in the stored dtype or another one.
-Only safetensors files are read: the format holds plain arrays and cannot run code.
+Everything that needs weights asks a `WeightSource` for rows of a named tensor, in the stored dtype or another one. What
+the source calls a tensor may lie in several pieces, in several files, under other names: a recipe says where.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from flux_engine.checkpoints.safetensors_file import SafetensorsFile
 from flux_engine.errors import WeightsError
 
+BUFFER = 32 * 2**20
+"""Bytes read at a time where a tensor is converted."""
+INDEX = ".safetensors.index.json"
 
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of a stored tensor."""
+
+    file: SafetensorsFile
+    name: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A tensor: pieces, one after another along the first axis."""
+
+    pieces: tuple[Piece, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    transposed: bool = False
+    """The one piece is a matrix stored the other way round."""
+
+    @property
+    def stored(self) -> str:
+        """What the file calls it, for messages."""
+        return " + ".join(dict.fromkeys(piece.name for piece in self.pieces))
+
+    def rows(self, start: int, stop: int) -> Recipe:
+        """The same, of these rows only."""
+        kept: list[Piece] = []
+        at = 0
+        for piece in self.pieces:
+            count = piece.stop - piece.start
+            first, last = max(start - at, 0), min(stop - at, count)
+            if first < last:
+                kept.append(replace(piece, start=piece.start + first, stop=piece.start + last))
+            at += count
+        return replace(self, pieces=tuple(kept), shape=(stop - start, *self.shape[1:]))
+
+
+@dataclass(frozen=True)
 class WeightSource:
-    """The tensors of one safetensors file, read on demand. Use it as a context manager."""
+    """Tensors by name. Use it as a context manager: it holds files open."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    path: Path
+    recipes: Mapping[str, Recipe]
+    files: Sequence[SafetensorsFile]
+    spell: Callable[[str], tuple[str, ...]] = lambda name: (name,)
+    """A tensor's name -> what the file calls the tensors that make it up, or would if they were there."""
+
+    @classmethod
+    def open(cls, path: Path) -> WeightSource:
+        """A safetensors file, or a folder with one: alone, or in numbered shards with an index beside them.
+
+        Raises WeightsError for what is missing, not whole, or left open by the folder.
+        """
+        files: list[SafetensorsFile] = []
         try:
-            self._file: Any = safe_open(path, framework="pt")
-        except FileNotFoundError:
-            raise WeightsError(f"{path} does not exist") from None
-        except (SafetensorError, OSError) as error:
-            raise WeightsError(f"{path} is not a whole safetensors file ({error}): fetch it again") from None
-        self.shapes: dict[str, tuple[int, ...]] = {
-            name: tuple(self._file.get_slice(name).get_shape())
-            for name in self._file.keys()  # noqa: SIM118 (not a dict)
-        }
+            recipes: dict[str, Recipe] = {}
+            for part in _files_of(path):
+                file = SafetensorsFile(part)
+                files.append(file)
+                for name, stored in file.tensors.items():
+                    if name in recipes:
+                        other = recipes[name].pieces[0].file.path
+                        raise WeightsError(f"tensor {name!r} is in {other} and in {part}")
+                    rows = stored.shape[0] if stored.shape else 1
+                    recipes[name] = Recipe((Piece(file, name, 0, rows),), stored.shape, stored.dtype)
+            return cls(path, recipes, files)
+        except BaseException:
+            for file in files:
+                file.close()
+            raise
 
     def __enter__(self) -> WeightSource:
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file = None
+        for file in self.files:
+            file.close()
 
-    def rows(
-        self,
-        name: str,
-        start: int = 0,
-        stop: int | None = None,
-        *,
-        dtype: torch.dtype | None = None,
-    ) -> Tensor:
-        """Rows start to stop of a tensor along its first axis; all of them by default.
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: recipe.shape for name, recipe in self.recipes.items()}
 
-        Raises WeightsError for a name that is not in the file.
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the headers say beside the tensors."""
+        return {key: value for file in self.files for key, value in file.metadata.items()}
+
+    def under(self, prefix: str) -> WeightSource:
+        """The tensors whose names begin so, without it. Shares the open files."""
+        kept = {name.removeprefix(prefix): r for name, r in self.recipes.items() if name.startswith(prefix)}
+        return replace(self, recipes=kept, spell=lambda name: self.spell(prefix + name))
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
+        """Rows start to stop of a tensor along its first axis, all of them by default; in the stored dtype by default.
+
+        What is needed as it is stored is mapped where it can be, and costs no memory of its own; what is converted is
+        read in bounded pieces.
+        Raises WeightsError for a name that is not there, rows that are not, or a file that was changed since.
         """
-        if name not in self.shapes:
+        if name not in self.recipes:
             raise WeightsError(f"{self.path} has no tensor {name!r}")
-        whole = start == 0 and stop is None
-        tensor = self._file.get_tensor(name) if whole else self._file.get_slice(name)[start:stop]
-        return tensor if dtype is None else tensor.to(dtype)
+        recipe = self.recipes[name]
+        count = recipe.shape[0] if recipe.shape else 1
+        stop = count if stop is None else stop
+        if not 0 <= start <= stop <= count:
+            raise WeightsError(f"{name!r} has {count} rows: there are none from {start} to {stop}")
+        if recipe.transposed:
+            return _whole(recipe, dtype or recipe.dtype)[start:stop]
+        if (start, stop) != (0, count):
+            recipe = recipe.rows(start, stop)
+        return _whole(recipe, dtype or recipe.dtype)
+
+
+def _whole(recipe: Recipe, dtype: torch.dtype) -> Tensor:
+    if len(recipe.pieces) == 1 and dtype == recipe.dtype:
+        (piece,) = recipe.pieces
+        stored = piece.file.mapped(piece.name)
+        if stored is not None:
+            if stored.ndim:
+                stored = stored[piece.start : piece.stop]
+            return stored.T.contiguous() if recipe.transposed else stored.view(recipe.shape)
+    out = torch.empty(recipe.shape[::-1] if recipe.transposed else recipe.shape, dtype=dtype)
+    if not out.numel():
+        return out
+    flat = out.view(sum(piece.stop - piece.start for piece in recipe.pieces), -1)
+    at = 0
+    for piece in recipe.pieces:
+        at = _read(piece, recipe.dtype, flat, at)
+    return out.T.contiguous() if recipe.transposed else out
+
+
+def _read(piece: Piece, stored: torch.dtype, out: Tensor, at: int) -> int:
+    """Into the rows of `out` from `at` on -> where the next piece begins."""
+    width = out.shape[1]
+    step = max(1, BUFFER // max(1, width * stored.itemsize))
+    buffer = None if out.dtype == stored else torch.empty((min(step, piece.stop - piece.start), width), dtype=stored)
+    for start in range(piece.start, piece.stop, step):
+        stop = min(start + step, piece.stop)
+        rows = out[at : at + stop - start]
+        if buffer is None:
+            piece.file.read(piece.name, start, stop, rows)
+        else:
+            part = buffer[: stop - start]
+            piece.file.read(piece.name, start, stop, part)
+            rows.copy_(part)
+        at += stop - start
+    return at
+
+
+def _files_of(path: Path) -> list[Path]:
+    """The files that make up a source. Of a folder: its only safetensors file, or the shards of its only index."""
+    if not path.is_dir():
+        return [path]
+    names = sorted(entry.name for entry in path.iterdir())
+    found = [name for name in names if name.endswith(INDEX)]
+    shards = {name: _shards(path / name) for name in found}
+    inside = {shard.name for listed in shards.values() for shard in listed}
+    found += [name for name in names if name.endswith(".safetensors") and name not in inside]
+    plain = [name for name in found if "." not in name.removesuffix(INDEX).removesuffix(".safetensors")]
+    candidates = plain or found
+    if len(candidates) == 1:
+        return shards.get(candidates[0], [path / candidates[0]])
+    if candidates:
+        raise WeightsError(f"{path} holds {', '.join(candidates)}: name the one that is meant")
+    pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    if pickles:
+        raise WeightsError(
+            f"{path} holds no safetensors file, only {', '.join(pickles)}: pickles can run code when they are read and "
+            "are refused; convert them to safetensors, in a place where that does no harm"
+        )
+    raise WeightsError(f"{path} holds no safetensors file")
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        plain = all(isinstance(name, str) and Path(name).name == name for name in files)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise WeightsError(f"{index} is not an index of shards: {error!r}") from None
+    if not files or not plain:
+        raise WeightsError(f"{index} is not an index of shards: it names {', '.join(map(str, files))[:200] or 'none'}")
+    return [index.parent / name for name in files]

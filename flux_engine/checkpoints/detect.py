@@ -1,0 +1,149 @@
+"""What a weight file holds, told from the names and shapes of its tensors and never from its own name.
+
+One file may hold several parts, each under a prefix: a ComfyUI file a transformer, both text encoders and an
+autoencoder. A part is known by a tensor that nothing else has; what stands before that tensor's name is the prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from flux_engine.checkpoints.keys import Table, to_ours
+from flux_engine.checkpoints.source import WeightSource
+from flux_engine.checkpoints.tables import (
+    CLIP_TRANSFORMERS,
+    FLUX_DIFFUSERS,
+    T5_TRANSFORMERS,
+    clip_open_clip,
+    unet_sgm,
+    vae_diffusers,
+)
+from flux_engine.errors import WeightsError
+
+Kind = Literal["flux", "unet", "vae", "clip", "t5"]
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One network's weights inside a file."""
+
+    kind: Kind
+    layout: str
+    prefix: str
+    table: Table = ()
+    """From its layout to our names; empty where they are the same."""
+
+    def of(self, source: WeightSource) -> WeightSource:
+        """The part's tensors under our names."""
+        inside = source.under(self.prefix)
+        return to_ours(inside, self.table) if self.table else inside
+
+
+@dataclass(frozen=True)
+class Sign:
+    """A tensor that gives a part away."""
+
+    tensor: str
+    kind: Kind
+    layout: str
+    table: Callable[[Shapes], Table] = lambda _: ()
+    also: str = ""
+    """A second tensor that has to be there, under the same prefix."""
+
+
+def _levels(shapes: Shapes, start: str) -> int:
+    """How many numbers follow `start`."""
+    return len({name[len(start) :].partition(".")[0] for name in shapes if name.startswith(start)})
+
+
+def _attention(shapes: Shapes) -> tuple[bool, ...]:
+    """Which resolutions of a UNet in SGM's layout have attention."""
+    levels = (_levels(shapes, "input_blocks.") + 1) // 3
+    return tuple(f"input_blocks.{1 + 3 * level}.1.norm.weight" in shapes for level in range(levels))
+
+
+SIGNS = (
+    Sign("double_blocks.0.img_attn.norm.key_norm.scale", "flux", "Black Forest Labs"),
+    Sign("transformer_blocks.0.attn.norm_added_k.weight", "flux", "diffusers", lambda _: FLUX_DIFFUSERS,
+         also="single_transformer_blocks.0.attn.norm_k.weight"),
+    Sign("input_blocks.0.0.weight", "unet", "SGM", lambda shapes: unet_sgm(_attention(shapes)),
+         also="label_emb.0.0.weight"),
+    Sign("down_blocks.0.resnets.0.time_emb_proj.weight", "unet", "diffusers", also="add_embedding.linear_1.weight"),
+    Sign("decoder.up.0.block.0.norm1.weight", "vae", "LDM"),
+    Sign("decoder.up_blocks.0.resnets.0.norm1.weight", "vae", "diffusers",
+         lambda shapes: vae_diffusers(_levels(shapes, "decoder.up_blocks."))),
+    Sign("text_model.encoder.layers.0.layer_norm1.weight", "clip", "transformers", lambda _: CLIP_TRANSFORMERS),
+    Sign("transformer.resblocks.0.attn.in_proj_weight", "clip", "OpenCLIP", lambda _: clip_open_clip(),
+         also="positional_embedding"),
+    Sign("encoder.block.0.layer.0.SelfAttention.q.weight", "t5", "transformers", lambda _: T5_TRANSFORMERS),
+)  # fmt: skip
+
+FOREIGN = {
+    "distilled_guidance_layer.in_proj.weight": "a Chroma transformer",
+    "single_stream_modulation.lin.weight": "a FLUX.2 transformer",
+    "controlnet_cond_embedding.conv_in.weight": "a ControlNet for SDXL",
+    "controlnet_x_embedder.weight": "a ControlNet for FLUX",
+    "visual.conv1.weight": "CLIP for pictures",
+}
+"""Tensors of networks that have everything that gives a part away, and are another one."""
+OTHERS = {
+    "joint_blocks.0.context_block.attn.qkv.weight": "a Stable Diffusion 3 transformer",
+    "transformer_blocks.0.attn.add_q_proj.weight": "a Stable Diffusion 3 transformer",
+    "input_blocks.0.0.weight": "a Stable Diffusion 1 or 2 UNet",
+    "down_blocks.0.resnets.0.time_emb_proj.weight": "a Stable Diffusion 1 or 2 UNet",
+    "redux_up.weight": "FLUX.1 Redux's image adapter",
+}
+"""Tensors of what people also have at hand."""
+LORA = (".lora_A.weight", ".lora_down.weight", ".lora.down.weight", "_lora.down.weight", ".lokr_w1", ".hada_w1_a")
+NAMES: Mapping[Kind, str] = {
+    "flux": "a FLUX.1 transformer",
+    "unet": "an SDXL UNet",
+    "vae": "an autoencoder",
+    "clip": "a CLIP text encoder",
+    "t5": "a T5 text encoder",
+}
+
+
+def parts_of(source: WeightSource) -> list[Part]:
+    """Every part that is known here, in the order of `SIGNS`."""
+    shapes = source.shapes
+    foreign = {prefix for tensor in FOREIGN for prefix in _prefixes(shapes, tensor)}
+    found: list[Part] = []
+    for sign in SIGNS:
+        for prefix in _prefixes(shapes, sign.tensor):
+            if prefix not in foreign and (not sign.also or prefix + sign.also in shapes):
+                inside = {n.removeprefix(prefix): s for n, s in shapes.items() if n.startswith(prefix)}
+                found.append(Part(sign.kind, sign.layout, prefix, sign.table(inside)))
+    return found
+
+
+def _prefixes(shapes: Shapes, tensor: str) -> list[str]:
+    """What stands before this name, wherever it stands."""
+    prefixes = [name.removesuffix(tensor) for name in shapes if name.endswith(tensor)]
+    return [prefix for prefix in prefixes if not prefix or prefix.endswith(".")]
+
+
+def what_is(source: WeightSource) -> str:
+    """In words, for messages."""
+    parts = parts_of(source)
+    if parts:
+        return " and ".join(dict.fromkeys(f"{NAMES[part.kind]} in the layout of {part.layout}" for part in parts))
+    if any(name.endswith(LORA) for name in source.recipes):
+        return "a LoRA"
+    for tensor, words in (FOREIGN | OTHERS).items():
+        if _prefixes(source.shapes, tensor):
+            return words
+    return f"nothing known here, {len(source.recipes)} tensors, the first of them {next(iter(source.recipes), None)!r}"
+
+
+def pick(source: WeightSource, kind: Kind) -> WeightSource:
+    """The part of this kind, under our names. Raises WeightsError if there is none, or more than one."""
+    found = [part for part in parts_of(source) if part.kind == kind]
+    if not found:
+        raise WeightsError(f"{source.path} is not {NAMES[kind]}: it holds {what_is(source)}")
+    if len(found) > 1:
+        raise WeightsError(f"{source.path} holds {NAMES[kind]} under each of {', '.join(p.prefix for p in found)}")
+    return found[0].of(source)
