@@ -71,7 +71,7 @@ def main() -> None:
 
     engine = load(args.model, device="cpu", dtype=args.dtype)
     spec, family = engine.spec, engine._pipeline.family
-    parts = hub.find(args.model).parts()
+    parts = hub.find(args.model).obtain()
     text = {name: parts[name] for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")}
     side, _ = spec.sizes.named("1:1")
     shared = [args.dtype, str(spec.num_inference_steps), str(side), str(spec.max_sequence_length)]

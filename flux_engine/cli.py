@@ -202,7 +202,8 @@ def _models(args: argparse.Namespace) -> None:
         _print(json.dumps(rows))
         return
     for row in rows:
-        _print(f"{row['name']:20} {row['bytes'] / 1e6:8.1f} MB  {row['licence']:12} {row['description']}")
+        size = "fetched" if row["bytes"] is None else f"{row['bytes'] / 1e6:.1f} MB"
+        _print(f"{row['name']:20} {size:>11}  {row['licence']:12} {row['description']}")
 
 
 def _info(args: argparse.Namespace) -> None:

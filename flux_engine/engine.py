@@ -31,11 +31,13 @@ def load(
     dtype: str | torch.dtype | None = None,
     quantization: str = "none",
     embedding_cache: int = 64,
+    offline: bool = False,
 ) -> Engine:
     """Load a model by name and return an engine that runs requests on it.
 
     `device` and `dtype` default to the environment (FLUX_ENGINE_DEVICE, FLUX_ENGINE_DTYPE) and then to what the
-    machine does best; see EngineConfig. `embedding_cache` is the number of encoded prompts to keep.
+    machine does best; see EngineConfig. `embedding_cache` is the number of encoded prompts to keep. `offline`, like
+    HF_HUB_OFFLINE=1, takes files of published models from the hub's local cache only.
     Raises UnknownModel, WeightsError, UnsupportedError or OutOfMemory; nothing stays loaded then.
     """
     config = EngineConfig.from_environment(
@@ -49,11 +51,11 @@ def load(
     spec = manifest.model_spec()
     target = hardware.pick_device(config.device)
     compute = hardware.pick_dtype(config.dtype, target)
-    manifest.verify()
+    parts = manifest.obtain(offline=offline)
     with _memory_errors(f"loading {model}"):
         family = FluxFamily.load(
             spec,
-            manifest.parts(),
+            parts,
             dtype=compute,
             device=target,
             embedding_cache=config.embedding_cache,

@@ -1,7 +1,8 @@
 """Model names to verified local files.
 
-A model is a manifest, `manifests/NAME.toml`: which spec it is, and for every part its file with size and SHA-256, or a
-folder of files. The manifests and the demo weights come with the package.
+A model is a manifest, `manifests/NAME.toml`: which spec it is, and for every part its file, or a folder of files. A
+file lies beside the manifest, with size and SHA-256, or in a repository of the Hugging Face hub, and is fetched.
+The manifests and the demo weights come with the package.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from flux_engine.errors import UnknownModel, WeightsError, did_you_mean
+from flux_engine.fetch import fetch
 from flux_engine.specs import SPECS, ModelSpec
 
 PACKAGED = Path(__file__).parent / "weights"
@@ -25,9 +28,39 @@ CHECKED_OUT = Path(__file__).parent.parent / "weights"
 class WeightFile:
     """One file a model needs, and what makes it that file."""
 
-    path: Path
-    bytes: int
-    sha256: str
+    path: Path | None
+    """Where it is, if it comes with the manifest."""
+    repository: str
+    file: str
+    revision: str
+    """Where it is fetched from, if not."""
+    bytes: int | None
+    sha256: str | None
+
+    def obtain(self, *, offline: bool) -> Path:
+        """The file, verified by size and SHA-256 as far as the manifest knows them.
+
+        Raises WeightsError if it is missing or another one, and what `fetch` raises.
+        """
+        remedy = "install the package again"
+        if self.path is None:
+            path = fetch(self.repository, self.file, revision=self.revision, offline=offline)
+            remedy = "delete it there, so that it is fetched anew"
+        elif self.path.is_file():
+            path = self.path
+        else:
+            raise WeightsError(f"{self.path} is missing: {remedy}")
+        size = path.stat().st_size
+        if self.bytes is not None and size != self.bytes:
+            raise WeightsError(f"{path} has {size:,} bytes, not {self.bytes:,}: {remedy}")
+        if self.sha256 is not None:
+            with path.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            if digest != self.sha256:
+                raise WeightsError(
+                    f"{path} has SHA-256 {digest[:12]}..., not {self.sha256[:12]}...: it was altered; {remedy}"
+                )
+        return path
 
 
 @dataclass(frozen=True)
@@ -43,8 +76,10 @@ class Manifest:
     """Part, or part/file for a part that is a folder -> file."""
 
     @property
-    def bytes(self) -> int:
-        return sum(file.bytes for file in self.files.values())
+    def bytes(self) -> int | None:
+        """Of all files, if the manifest knows."""
+        sizes = [file.bytes for file in self.files.values()]
+        return None if None in sizes else sum(size or 0 for size in sizes)
 
     def model_spec(self) -> ModelSpec:
         """The spec, under this model's name. Raises WeightsError if the manifest names one that does not exist."""
@@ -52,29 +87,13 @@ class Manifest:
             raise WeightsError(f"{self.name}: its manifest names the spec {self.spec!r}; known are {', '.join(SPECS)}")
         return replace(SPECS[self.spec], name=self.name)
 
-    def parts(self) -> dict[str, Path]:
-        """Part -> its file or folder."""
-        return {
-            name.partition("/")[0]: file.path.parent if "/" in name else file.path for name, file in self.files.items()
-        }
+    def obtain(self, *, offline: bool = False) -> dict[str, Path]:
+        """Part -> its file or folder, every file of it there and verified; what is not there is fetched.
 
-    def verify(self) -> None:
-        """Raise WeightsError unless every file is there, whole and unaltered."""
-        for name, file in self.files.items():
-            if not file.path.is_file():
-                raise WeightsError(f"{self.name}: {name} is missing at {file.path}; install the package again")
-            size = file.path.stat().st_size
-            if size != file.bytes:
-                raise WeightsError(
-                    f"{self.name}: {file.path} has {size:,} bytes, not {file.bytes:,}; install the package again"
-                )
-            with file.path.open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            if digest != file.sha256:
-                raise WeightsError(
-                    f"{self.name}: {file.path} has SHA-256 {digest[:12]}..., not {file.sha256[:12]}...: "
-                    "it was altered; install the package again"
-                )
+        Raises WeightsError, naming the file, or UnknownModel for a repository that does not exist.
+        """
+        found = {name: file.obtain(offline=offline) for name, file in self.files.items()}
+        return {name.partition("/")[0]: path.parent if "/" in name else path for name, path in found.items()}
 
 
 def weights_folder() -> Path:
@@ -113,10 +132,20 @@ def _read(path: Path, root: Path) -> Manifest:
             description=data["description"],
             licence=data["licence"],
             source=data["source"],
-            files={
-                name: WeightFile(root / entry["path"], entry["bytes"], entry["sha256"])
-                for name, entry in data["files"].items()
-            },
+            files={name: _file(root, entry, data.get("repository")) for name, entry in data["files"].items()},
         )
     except (tomllib.TOMLDecodeError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{path} is not a manifest: {error!r}") from None
+
+
+def _file(root: Path, entry: Mapping[str, Any], repository: str | None) -> WeightFile:
+    if "path" in entry:
+        return WeightFile(root / entry["path"], "", "", "", entry["bytes"], entry["sha256"])
+    return WeightFile(
+        None,
+        entry["repository"] if "repository" in entry or repository is None else repository,
+        entry["file"],
+        entry.get("revision", "main"),
+        entry.get("bytes"),
+        entry.get("sha256"),
+    )

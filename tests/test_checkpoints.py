@@ -24,20 +24,21 @@ from flux_engine.specs import DEMO_DEV, FluxParams, VAEParams
 
 WIDTH = DEMO_DEV.transformer.hidden_size
 Tensors = dict[str, Tensor]
+PARTS = hub.find("demo-dev").obtain()
 
 
 @pytest.fixture(scope="module")
 def flux() -> Tensors:
-    return load_file(hub.find("demo-dev").files["transformer"].path)
+    return load_file(PARTS["transformer"])
 
 
 @pytest.fixture(scope="module")
 def vae() -> Tensors:
-    return load_file(hub.find("demo-dev").files["vae"].path)
+    return load_file(PARTS["vae"])
 
 
 def text(part: str) -> Tensors:
-    return load_file(hub.find("demo-dev").files[f"{part}/model.safetensors"].path)
+    return load_file(PARTS[part] / "model.safetensors")
 
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> Tensors:
@@ -65,7 +66,7 @@ def all_in_one(path: Path, tensors: Tensors) -> Path:
     return one_file(
         path,
         under("model.diffusion_model.", tensors)
-        | under("vae.", load_file(hub.find("demo-dev").files["vae"].path))
+        | under("vae.", load_file(PARTS["vae"]))
         | under("text_encoders.clip_l.transformer.", text("text_encoder"))
         | under("text_encoders.t5xxl.transformer.", text("text_encoder_2")),
     )

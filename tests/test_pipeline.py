@@ -22,7 +22,7 @@ TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     ours = flux_engine.load(request.param, device="cpu", dtype="float32")
     family = ours._pipeline.family
-    parts = hub.find(request.param).parts()
+    parts = hub.find(request.param).obtain()
     folder: Path = export_flux_pipeline(
         tmp_path_factory.mktemp(request.param),
         family.net,

@@ -29,6 +29,7 @@ LEVELS = {
     "models": 2,
     "result": 2,
     "checkpoints": 3,
+    "fetch": 2,
     "hub": 3,
     "schedulers": 3,
     "text": 3.1,

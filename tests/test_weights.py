@@ -55,7 +55,7 @@ def test_a_copy_elsewhere_loads(copy: Path) -> None:
 
 def test_missing_file(copy: Path) -> None:
     transformer(copy).unlink()
-    with pytest.raises(WeightsError, match="transformer is missing"):
+    with pytest.raises(WeightsError, match=r"transformer\.safetensors is missing"):
         flux_engine.load("demo-schnell")
 
 
@@ -166,3 +166,40 @@ def test_an_unknown_spec_is_refused(copy: Path) -> None:
     manifest.write_text(manifest.read_text().replace('spec = "demo-schnell"', 'spec = "flux-9"'))
     with pytest.raises(WeightsError, match="flux-9"):
         flux_engine.load("demo-schnell")
+
+
+def test_a_published_model_is_taken_from_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A manifest that names a repository, over a cache made by hand: the same picture as from the packaged files."""
+    from huggingface_hub import constants
+
+    commit = "0" * 40
+    repository = tmp_path / "hub" / "models--owner--small"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    lines = ['spec = "demo-schnell"', 'description = ""', 'licence = ""', 'source = ""', 'repository = "owner/small"']
+    for name, file in hub.find("demo-schnell").files.items():
+        assert file.path is not None
+        there = name if "/" in name else f"{name}.safetensors"
+        target = repository / "snapshots" / commit / there
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file.path, target)
+        lines.append(f'[files."{name}"]\nfile = "{there}"' + (f'\nsha256 = "{file.sha256}"' if name == "vae" else ""))
+    (tmp_path / "manifests").mkdir()
+    (tmp_path / "manifests" / "small.toml").write_text("\n".join(lines))
+    monkeypatch.setenv("FLUX_ENGINE_WEIGHTS", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert hub.find("small", tmp_path).bytes is None
+
+    small, packaged = (
+        flux_engine.load(n, device="cpu", dtype="float32", offline=True) for n in ("small", "demo-schnell")
+    )
+    pictures = [engine("a red circle", seed=0, output_type="latent").images[0] for engine in (small, packaged)]
+    assert torch.equal(*pictures)
+
+    vae = repository / "snapshots" / commit / "vae.safetensors"
+    vae.write_bytes(vae.read_bytes()[:-1] + b"x")
+    with pytest.raises(WeightsError, match="it was altered; delete it there"):
+        flux_engine.load("small", offline=True)
+    vae.unlink()
+    with pytest.raises(WeightsError, match="nothing is fetched offline"):
+        flux_engine.load("small", offline=True)

@@ -1,0 +1,69 @@
+"""Files from the Hugging Face hub, through its own library: its cache, its tokens, its environment variables.
+
+Downloads resume, are verified, and are published by rename; two processes that want the same file take turns
+(huggingface_hub). What is added here is one clear error for each way it can fail.
+"""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+from flux_engine.errors import UnknownModel, WeightsError
+
+SITE = "https://huggingface.co"
+
+
+def fetch(repository: str, file: str, *, revision: str = "main", offline: bool = False) -> Path:
+    """The path of a file of a repository in the local cache; downloaded if it is not there.
+
+    `offline`, like HF_HUB_OFFLINE=1, takes it from the cache only. Raises UnknownModel for a repository or revision
+    that does not exist, WeightsError for everything else that stands in the way.
+    """
+    from huggingface_hub import constants, errors, hf_hub_download
+
+    what = f"{file} of {repository}"
+    cache = constants.HF_HUB_CACHE
+    try:
+        return Path(hf_hub_download(repository, file, revision=revision, local_files_only=offline))
+    except errors.HFValidationError as error:
+        raise UnknownModel(f"{repository!r} is not the name of a repository, OWNER/NAME: {error}") from None
+    except errors.GatedRepoError:
+        raise WeightsError(
+            f"{repository} is gated: accept its licence at {SITE}/{repository}, then log in with `hf auth login` or "
+            "set HF_TOKEN"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise UnknownModel(f"{repository} has no revision {revision!r}: see {SITE}/{repository}/commits/main") from None
+    except errors.RepositoryNotFoundError:
+        raise UnknownModel(
+            f"there is no repository {repository!r} at {SITE}, or it is private: then log in with `hf auth login` or "
+            "set HF_TOKEN"
+        ) from None
+    except errors.LocalEntryNotFoundError as error:
+        why = (
+            "nothing is fetched offline"
+            if offline or constants.HF_HUB_OFFLINE
+            else f"it cannot be fetched: {_first(error)}"
+        )
+        raise WeightsError(
+            f"{what} (revision {revision}) is not in the cache {cache}, and {why}. Connect, or copy a cache there and "
+            "set HF_HUB_CACHE"
+        ) from None
+    except errors.EntryNotFoundError:
+        raise WeightsError(
+            f"{repository} at {revision} has no file {file!r}: see {SITE}/{repository}/tree/main"
+        ) from None
+    except errors.HfHubHTTPError as error:
+        raise WeightsError(f"{what} cannot be fetched: {_first(error)}. Try again; what has come is kept") from None
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise WeightsError(f"no room for {what} in {cache}: free some, or set HF_HUB_CACHE") from None
+        raise WeightsError(f"{what} cannot be fetched: {_first(error)}. Try again; what has come is kept") from None
+
+
+def _first(error: BaseException) -> str:
+    """The first line of the innermost cause."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).splitlines() or [type(error).__name__])[0]

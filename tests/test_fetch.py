@@ -1,0 +1,209 @@
+"""The hub's own library against a server on this machine that speaks as the hub does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+CONTENT = bytes(range(256)) * 100_000
+"""26 MB: the library keeps what has come in pieces of 10."""
+
+PROGRAM = """
+import json, sys
+from flux_engine import fetch
+from flux_engine.errors import FluxEngineError
+try:
+    path = fetch.fetch(sys.argv[1], sys.argv[2], revision=sys.argv[3], offline=sys.argv[4] == "offline")
+    print(json.dumps(["file", str(path)]))
+except FluxEngineError as error:
+    print(json.dumps([type(error).__name__, str(error)]))
+"""
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves one file of `owner/model`, and the ways not to."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.requests: list[tuple[str, str | None]] = []
+        """Of every GET, the path and the range asked for."""
+        self.break_off = 0
+        """So many more answers end in the middle."""
+        self.pause = 0.0
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Hub  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self.server.requests.append((self.path, self.headers.get("Range")))
+        self._answer(body=True)
+
+    def _answer(self, *, body: bool) -> None:
+        match = re.fullmatch(r"/(\w+/\w+)/resolve/(\w+)/(.+)", self.path)
+        if match is None:
+            return self._refuse(404, "EntryNotFound")
+        repository, revision, file = match.groups()
+        if repository == "owner/gated":
+            return self._refuse(403, "GatedRepo")
+        if repository == "owner/broken":
+            return self._refuse(500, "Nothing")
+        if repository != "owner/model":
+            return self._refuse(401, "RepoNotFound")
+        if revision not in ("main", COMMIT):
+            return self._refuse(404, "RevisionNotFound")
+        if file != "x.safetensors":
+            return self._refuse(404, "EntryNotFound")
+        asked = self.headers.get("Range")
+        begin = int(asked.removeprefix("bytes=").split("-")[0]) if asked else 0
+        part = CONTENT[begin:]
+        self.send_response(206 if asked else 200)
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("ETag", f'"{hashlib.sha256(CONTENT).hexdigest()}"')
+        self.send_header("Accept-Ranges", "bytes")
+        if asked:
+            self.send_header("Content-Range", f"bytes {begin}-{len(CONTENT) - 1}/{len(CONTENT)}")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        if body:
+            time.sleep(self.server.pause)
+            if self.server.break_off:
+                self.server.break_off -= 1
+                part = part[: len(part) // 2]
+                self.close_connection = True
+            self.wfile.write(part)
+
+    def _refuse(self, status: int, code: str) -> None:
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with Hub() as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+class Client:
+    """Fetches in a process of its own, since the library reads its settings when it is imported."""
+
+    def __init__(self, hub: Hub, home: Path) -> None:
+        self.home = home
+        self.environment = {
+            **os.environ,
+            "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_HUB_OFFLINE": "0",
+        }
+
+    def start(
+        self, repository: str = "owner/model", file: str = "x.safetensors", revision: str = "main", how: str = "online"
+    ) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", PROGRAM, repository, file, revision, how]
+        return subprocess.Popen(command, env=self.environment, stdout=subprocess.PIPE, text=True)
+
+    def fetch(self, *args: str, **kwargs: str) -> tuple[str, str]:
+        return self.answer(self.start(*args, **kwargs))
+
+    @staticmethod
+    def answer(process: subprocess.Popen[str]) -> tuple[str, str]:
+        kind, words = json.loads(process.communicate(timeout=120)[0].splitlines()[-1])
+        return kind, words
+
+
+@pytest.fixture
+def client(hub: Hub, tmp_path: Path) -> Client:
+    return Client(hub, tmp_path)
+
+
+def test_a_file_is_fetched_once_into_the_usual_cache(hub: Hub, client: Client) -> None:
+    kind, path = client.fetch()
+    assert kind == "file" and Path(path).read_bytes() == CONTENT
+    assert Path(path) == client.home / "hub" / "models--owner--model" / "snapshots" / COMMIT / "x.safetensors"
+    hub.requests.clear()
+    assert client.fetch() == (kind, path)
+    assert client.fetch(how="offline") == (kind, path)
+    assert hub.requests == []
+
+
+def test_a_cache_made_by_hand_is_used_offline(client: Client) -> None:
+    root = client.home / "hub" / "models--owner--other"
+    (root / "blobs").mkdir(parents=True)
+    (root / "refs").mkdir()
+    (root / "snapshots" / COMMIT).mkdir(parents=True)
+    (root / "blobs" / "abc").write_bytes(b"weights")
+    (root / "refs" / "main").write_text(COMMIT)
+    (root / "snapshots" / COMMIT / "x.safetensors").symlink_to("../../blobs/abc")
+    kind, path = client.fetch("owner/other", how="offline")
+    assert kind == "file" and Path(path).read_bytes() == b"weights"
+
+
+@pytest.mark.parametrize(
+    ("args", "kind", "words"),
+    [
+        (("owner/gated",), "WeightsError", "owner/gated is gated: accept its licence at https://huggingface.co/owner/gated"),
+        (("owner/nothing",), "UnknownModel", "there is no repository 'owner/nothing'"),
+        (("owner/model", "y.safetensors"), "WeightsError", "owner/model at main has no file 'y.safetensors'"),
+        (("owner/model", "x.safetensors", "v9"), "UnknownModel", "owner/model has no revision 'v9'"),
+        (("owner/model", "x.safetensors", "main", "offline"), "WeightsError", "nothing is fetched offline"),
+        (("owner/model/x/y",), "UnknownModel", "is not the name of a repository"),
+    ],
+)  # fmt: skip
+def test_each_way_to_fail_is_said(client: Client, args: tuple[str, ...], kind: str, words: str) -> None:
+    told = client.fetch(*args)
+    assert told[0] == kind and words in told[1], told
+    assert not list(client.home.rglob("snapshots/*/*"))
+
+
+def test_a_server_that_fails_and_none_at_all(hub: Hub, tmp_path: Path) -> None:
+    """At once, since the library tries again for some twenty seconds."""
+    broken, unplugged = Client(hub, tmp_path / "a"), Client(hub, tmp_path / "b")
+    unplugged.environment["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nothing listens there
+    started = broken.start("owner/broken"), unplugged.start()
+    for client, process in zip((broken, unplugged), started, strict=True):
+        kind, words = client.answer(process)
+        assert kind == "WeightsError" and "cannot be fetched" in words, words
+        assert not list(client.home.rglob("snapshots/*/*"))
+
+
+def test_a_download_that_breaks_off_goes_on_where_it_was(hub: Hub, client: Client) -> None:
+    hub.break_off = 1
+    kind, path = client.fetch()
+    assert kind == "file" and Path(path).read_bytes() == CONTENT
+    assert [asked for _, asked in hub.requests] == [None, f"bytes={10 * 2**20}-"], hub.requests
+
+
+def test_two_at_once_do_not_meet_in_a_half_file(hub: Hub, client: Client) -> None:
+    hub.pause = 1.0
+    both = [client.start() for _ in range(2)]
+    told = [client.answer(process) for process in both]
+    assert told[0] == told[1] and told[0][0] == "file"
+    assert Path(told[0][1]).read_bytes() == CONTENT
+    assert len(hub.requests) == 1
