@@ -7,7 +7,7 @@
     python scripts/train_demo.py captions          # write the captions, keep them encoded
     python scripts/train_demo.py base              # the transformer
     python scripts/train_demo.py dev               # from it demo-dev, with guidance
-    python scripts/train_demo.py schnell           # and demo-schnell, in few steps
+    python scripts/train_demo.py schnell           # and demo-schnell, for few steps
     python scripts/train_demo.py export            # into weights/, with hashes and curves
     python scripts/train_demo.py checkpoint RUN    # keep what a run has reached in weights/checkpoints
 
@@ -67,12 +67,10 @@ def main() -> None:
     for name, run, steps, lr, batch in (
         ("base", flux.train_base, 10_000, 1.2e-3, 18),
         ("dev", flux.train_dev, 350, 4e-4, 16),
-        ("schnell", flux.train_schnell, 300, 4e-4, 8),
+        ("schnell", flux.train_schnell, 350, 4e-4, 16),
     ):
         command = part(name, run, steps=steps, lr=lr, batch=batch)
         command.add_argument("--large", type=float, default=0.35, help="share of batches at the full megapixel")
-        if name != "schnell":
-            command.add_argument("--visits", type=int, default=2, help="noise levels at which a picture is shown")
         if name == "base":
             command.add_argument("--start", type=Path, help="weights to start from, a safetensors file")
             command.add_argument("--thin", type=float, default=0.8, help="share of those with half of their tokens")

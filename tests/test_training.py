@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import randomise, relative_error
 from torch import Tensor, nn
-from training import flux, hints, run, vae
+from training import batches, flux, hints, run, vae
 from training.latents import Pool, arrange, boxes_of, coverage_maps
 
 from benchmarks import world
@@ -74,15 +74,52 @@ def test_looking_inside_changes_nothing() -> None:
     assert edges.shape == (2, 35, hints.EDGES) and drawn.shape == (2, 35, hints.EDGES + hints.COVERS)
 
 
-def test_guidance_put_inside_gives_what_the_embedding_gave() -> None:
-    dev = Flux(flux.DEMO_DEV.transformer)
-    randomise(dev, 1)
-    x, t, guidance = torch.randn(1, 16, 64), torch.tensor([[0.7]]), torch.tensor([3.5])
-    told = (torch.randn(1, 40, 64), torch.randn(1, 64), image_ids(4, 4), t)
-    inside = flux.with_guidance_inside(dev, 3.5)
-    theirs = dev(x, 0, dev.precompute(*told, guidance))
-    assert relative_error(inside(x, 0, inside.precompute(*told, None)), theirs) < 1e-5
-    assert relative_error(dev(x, 0, dev.precompute(*told, guidance - 2)), theirs) > 1e-3
+def batch_of(settled: list[bool], size: tuple[int, int] = (16, 64)) -> batches.Batch:
+    """Pure noise over latents, with nothing that a walk does not look at."""
+    count = len(settled)
+    return batches.Batch(
+        x0=torch.randn(count, *size), noise=torch.randn(count, *size), t=torch.ones(count),
+        tokens=torch.empty(0), pooled=torch.empty(0), positions=torch.empty(0), captioned=torch.empty(0),
+        settled=torch.tensor(settled), guidance=torch.ones(count), weight=torch.ones(count, size[0]),
+        answers=None,  # pyright: ignore[reportArgumentType]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("steps", [2, 4, 28])
+def test_a_walk_ends_at_the_picture_if_every_step_is_right(steps: int) -> None:
+    batch = batch_of([True, True])
+    walk = batches.Walk(batch, batch.noise, steps)
+    for _ in range(steps - 1):
+        assert walk.go(walk.batch.velocity(walk.x))
+    assert not walk.go(walk.batch.velocity(walk.x))
+    assert relative_error(walk.x, batch.x0) < 1e-5
+
+
+def test_a_walk_keeps_what_the_network_missed_but_where_the_caption_leaves_much_open() -> None:
+    batch = batch_of([True, False])
+    walk = batches.Walk(batch, batch.noise, 4)
+    walk.go(walk.batch.velocity(walk.x) + 1)
+    assert torch.allclose(walk.x[0], walk.batch.mixed[0] - 0.25, atol=1e-5)
+    assert torch.equal(walk.x[1], walk.batch.mixed[1])
+
+
+def test_walks_of_different_sizes_end_and_make_room_for_others() -> None:
+    class Sizes:
+        def draw(self, rng: random.Random, *_: object, **__: object) -> batches.Batch:
+            return batch_of([True], size=(rng.choice((9, 16)), 4))
+
+    walks, rng, seen = batches.Walks(Sizes(), (2, 4)), random.Random(0), set[int]()  # pyright: ignore[reportArgumentType]
+    for _ in range(200):
+        walk = walks.take(rng)
+        seen.add(id(walk.batch.x0))
+        walks.go(walk, walk.batch.velocity(walk.x))
+        assert len(walks.under_way) <= batches.WALKS
+    assert len(seen) > 2 * batches.WALKS
+
+
+def test_guidance_is_taught_where_there_is_much_noise() -> None:
+    scales = flux.strength(torch.tensor([0.0, 0.5, 1.0, 3.5, 3.5]), torch.tensor([0.2, 0.8, 0.8, 0.8, 0.2]))
+    assert scales.tolist() == [0.0, 0.5, 1.0, 2.25, 1.0]
 
 
 def test_the_faster_operations_are_the_same() -> None:
