@@ -87,17 +87,12 @@ def by_dev(dev: Engine) -> Report:
     return measured(dev, 400, held_out=True)
 
 
-NOT_YET = pytest.mark.xfail(strict=False, reason="more training is needed: weights/README.md")
-
-
 @pytest.mark.full
-@NOT_YET
 def test_demo_schnell_draws_what_it_is_asked_for(by_schnell: Report) -> None:
     assert share(by_schnell.adherence) >= 0.90
 
 
 @pytest.mark.full
-@NOT_YET
 def test_demo_dev_draws_what_it_is_asked_for(by_dev: Report) -> None:
     assert share(by_dev.adherence) >= 0.95
 
@@ -116,10 +111,9 @@ def test_held_out_pairs_and_two_objects(name: str, request: pytest.FixtureReques
     assert share(report.with_things(2)) >= 0.70
 
 
-POOR = {
-    (176, 96), (96, 176), (192, 80), (80, 192), (160, 112), (112, 144), (144, 112), (384, 160), (160, 384), (192, 336),
-}  # fmt: skip
-"""Sizes of which fewer than 0.80 of 50 pictures were right."""
+NOT_YET = pytest.mark.xfail(strict=False, reason="about 0.77 of 100: weights/README.md")
+POOR = {(192, 80), (80, 192)}
+"""Sizes that fall short."""
 
 
 @pytest.mark.full
