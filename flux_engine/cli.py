@@ -245,7 +245,7 @@ def _inspect(args: argparse.Namespace) -> None:
         dtypes = ", ".join(f"{count} {dtype}" for dtype, count in part["dtypes"].items())
         _print(f"  {part['what']} ({part['layout']}), under {part['prefix'] or 'no prefix'}")
         _print(f"    {part['parameters']:,} numbers in {part['tensors']} tensors: {dtypes}")
-        for kind in ("missing", "unknown", "of another shape", "problem"):
+        for kind in ("missing", "not known", "of another shape", "problem"):
             if part.get(kind):
                 _print(f"    {kind}: {_some(part[kind])}")
     for kind in ("rest", "not finite"):

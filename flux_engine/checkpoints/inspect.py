@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from flux_engine.checkpoints.detect import NAMES, Kind, Part, parts_of, what_is
+from flux_engine.checkpoints.load import differences
 from flux_engine.checkpoints.source import WeightSource
 from flux_engine.errors import WeightsError
 from flux_engine.models.flux import Flux
@@ -78,15 +79,8 @@ def _lacks(source: WeightSource, make: Callable[[Mapping[str, tuple[int, ...]]],
             wanted = make(source.shapes).state_dict()
     except (WeightsError, ValueError, ZeroDivisionError) as error:
         return {"problem": str(error)}
-    return {
-        "missing": [stored for name in wanted if name not in source.shapes for stored in source.spell(name)],
-        "unknown": [recipe.stored for name, recipe in source.recipes.items() if name not in wanted],
-        "of another shape": [
-            recipe.stored
-            for name, recipe in source.recipes.items()
-            if name in wanted and recipe.shape != tuple(wanted[name].shape)
-        ],
-    }
+    found: dict[str, Any] = dict(differences(source, {name: tuple(tensor.shape) for name, tensor in wanted.items()}))
+    return found
 
 
 def _finite(source: WeightSource, name: str) -> bool:

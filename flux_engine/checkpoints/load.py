@@ -47,10 +47,11 @@ def load_module(
     return module.eval().requires_grad_(False)
 
 
-def _compare(source: WeightSource, wanted: Mapping[str, Sequence[int]]) -> None:
+def differences(source: WeightSource, wanted: Mapping[str, Sequence[int]]) -> dict[str, list[str]]:
+    """What does not fit, in the file's own names: tensors missing, unknown, and of another shape."""
     shapes = source.shapes
     there = {name for file in source.files for name in file.tensors}
-    problems = {
+    return {
         "missing": [
             stored for name in wanted if name not in shapes for stored in source.spell(name) if stored not in there
         ],
@@ -61,9 +62,12 @@ def _compare(source: WeightSource, wanted: Mapping[str, Sequence[int]]) -> None:
             if name in shapes and shapes[name] != tuple(shape)
         ],
     }
+
+
+def _compare(source: WeightSource, wanted: Mapping[str, Sequence[int]]) -> None:
     lines = [
         f"{len(names)} {kind}: {', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"
-        for kind, names in problems.items()
+        for kind, names in differences(source, wanted).items()
         if names
     ]
     if lines:

@@ -19,8 +19,7 @@ from flux_engine.checkpoints.safetensors_file import SafetensorsFile
 from flux_engine.errors import WeightsError
 
 BUFFER = 2**20
-"""Bytes read at a time where a tensor is converted: few enough to stay in the cache. 32 times as many took 1.7 times as
-long (benchmarks/load_weights.py)."""
+"""Bytes read at a time where a tensor is converted: few enough to stay in the cache (benchmarks/load_weights.py)."""
 INDEX = ".safetensors.index.json"
 
 
