@@ -54,8 +54,8 @@ class SafetensorsFile:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait
         except FileNotFoundError:
             raise WeightsError(f"{path} does not exist") from None
-        except OSError as error:
-            raise WeightsError(f"{path} cannot be opened: {error.strerror}") from None
+        except (OSError, ValueError) as error:  # ValueError: a name with a zero byte in it
+            raise WeightsError(f"{path} cannot be opened: {getattr(error, 'strerror', None) or error}") from None
         try:
             if not stat.S_ISREG(os.fstat(self._fd).st_mode):
                 raise WeightsError(f"{path} is not a file")

@@ -6,7 +6,6 @@ the source calls a tensor may lie in several pieces, in several files, under oth
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,12 +14,12 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from flux_engine.checkpoints.folders import files_of
 from flux_engine.checkpoints.safetensors_file import SafetensorsFile
 from flux_engine.errors import WeightsError
 
 BUFFER = 2**20
 """Bytes read at a time where a tensor is converted: few enough to stay in the cache (benchmarks/load_weights.py)."""
-INDEX = ".safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -73,14 +72,14 @@ class WeightSource:
 
     @classmethod
     def open(cls, path: Path) -> WeightSource:
-        """A safetensors file, or a folder with one: alone, or in numbered shards with an index beside them.
+        """A safetensors file, an index of shards, or a folder with one of either.
 
         Raises WeightsError for what is missing, not whole, or left open by the folder.
         """
         files: list[SafetensorsFile] = []
         try:
             recipes: dict[str, Recipe] = {}
-            for part in _files_of(path):
+            for part in files_of(path):
                 file = SafetensorsFile(part)
                 files.append(file)
                 for name, stored in file.tensors.items():
@@ -173,38 +172,3 @@ def _read(piece: Piece, stored: torch.dtype, out: Tensor, at: int) -> int:
             rows.copy_(part)
         at += stop - start
     return at
-
-
-def _files_of(path: Path) -> list[Path]:
-    """The files that make up a source. Of a folder: its only safetensors file, or the shards of its only index."""
-    if not path.is_dir():
-        return [path]
-    names = sorted(entry.name for entry in path.iterdir())
-    found = [name for name in names if name.endswith(INDEX)]
-    shards = {name: _shards(path / name) for name in found}
-    inside = {shard.name for listed in shards.values() for shard in listed}
-    found += [name for name in names if name.endswith(".safetensors") and name not in inside]
-    plain = [name for name in found if "." not in name.removesuffix(INDEX).removesuffix(".safetensors")]
-    candidates = plain or found
-    if len(candidates) == 1:
-        return shards.get(candidates[0], [path / candidates[0]])
-    if candidates:
-        raise WeightsError(f"{path} holds {', '.join(candidates)}: name the one that is meant")
-    pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-    if pickles:
-        raise WeightsError(
-            f"{path} holds no safetensors file, only {', '.join(pickles)}: pickles can run code when they are read and "
-            "are refused; convert them to safetensors, in a place where that does no harm"
-        )
-    raise WeightsError(f"{path} holds no safetensors file")
-
-
-def _shards(index: Path) -> list[Path]:
-    try:
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        plain = all(isinstance(name, str) and Path(name).name == name for name in files)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise WeightsError(f"{index} is not an index of shards: {error!r}") from None
-    if not files or not plain:
-        raise WeightsError(f"{index} is not an index of shards: it names {', '.join(map(str, files))[:200] or 'none'}")
-    return [index.parent / name for name in files]
