@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from pathlib import Path
 
 from benchmarks import harness
 
@@ -66,17 +65,14 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     args = parser.parse_args()
 
-    from flux_engine import hub, load
-    from flux_engine.checkpoints.export import export_flux_pipeline
+    from flux_engine import load
 
     engine = load(args.model, device="cpu", dtype=args.dtype)
-    spec, family = engine.spec, engine._pipeline.family
-    parts = hub.find(args.model).obtain()
-    text = {name: parts[name] for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")}
+    spec = engine.spec
     side, _ = spec.sizes.named("1:1")
     shared = [args.dtype, str(spec.num_inference_steps), str(side), str(spec.max_sequence_length)]
     with tempfile.TemporaryDirectory() as folder:
-        export_flux_pipeline(Path(folder), family.net, family.vae, spec.schedule, text)
+        engine.export(folder)
         runs = harness.interleave(
             {
                 "flux-engine": [sys.executable, "-c", OURS, PROMPT, args.model, *shared],

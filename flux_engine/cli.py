@@ -1,4 +1,4 @@
-"""The command line: `flux-engine generate|models|info|inspect|schema`.
+"""The command line: `flux-engine generate|models|download|info|inspect|convert|schema`.
 
 A request is checked before torch is imported, so a slip of the keyboard answers in a tenth of a second.
 """
@@ -19,9 +19,10 @@ import flux_engine
 from flux_engine import __version__, files, hub
 from flux_engine.config import DTYPES, EngineConfig
 from flux_engine.errors import FluxEngineError, InvalidRequest
+from flux_engine.ledger import Ledger
 from flux_engine.replicate.schemas import SCHEMAS, find_schema
 from flux_engine.request import Request
-from flux_engine.specs import MEGAPIXELS, PUBLISHED_SIZES
+from flux_engine.specs import MEGAPIXELS, PUBLISHED_SIZES, ModelSpec
 
 DEFAULT_MODEL = "demo-schnell"
 _IMPORTED = time.perf_counter()
@@ -51,7 +52,9 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = commands.add_parser("generate", help="make pictures from a prompt")
     generate.add_argument("prompt")
-    generate.add_argument("--model", default=DEFAULT_MODEL)
+    generate.add_argument(
+        "--model", default=DEFAULT_MODEL, help="a name (see `models`), a file or folder, or OWNER/NAME on the hub"
+    )
     generate.add_argument("--negative-prompt")
     generate.add_argument("--aspect-ratio", metavar="W:H", help=f"one of {', '.join(PUBLISHED_SIZES)}")
     generate.add_argument("--megapixels", help=f"one of {', '.join(MEGAPIXELS)}")
@@ -81,8 +84,14 @@ def _parser() -> argparse.ArgumentParser:
     generate.set_defaults(run=_generate)
 
     models = commands.add_parser("models", help="list the models that can be loaded")
+    models.add_argument("--all", action="store_true", help="ControlNets, LoRAs, annotators and safety checkers as well")
     models.add_argument("--json", action="store_true")
     models.set_defaults(run=_models)
+
+    download = commands.add_parser("download", help="fetch and verify all files of a model, or of what goes with one")
+    download.add_argument("name")
+    download.add_argument("--revision", help="a branch, tag or commit of its repository")
+    download.set_defaults(run=_download)
 
     info = commands.add_parser("info", help="what this machine runs, and with --model what is in force for it")
     info.add_argument("--model")
@@ -99,6 +108,14 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--names", action="store_true", help="list every tensor")
     inspect.add_argument("--json", action="store_true")
     inspect.set_defaults(run=_inspect)
+
+    convert = commands.add_parser("convert", help="write a model as a diffusers folder or as Black Forest Labs' files")
+    convert.add_argument("model", help="a name, a file or folder, or OWNER/NAME on the hub")
+    convert.add_argument("folder", type=Path, help="a new one")
+    convert.add_argument("--to", default="diffusers", help="diffusers or bfl")
+    convert.add_argument("--dtype", help=f"{', '.join(DTYPES[1:])}; else what the transformer is stored in")
+    convert.add_argument("--variant", help="of the files in a folder or repository, as fp16")
+    convert.set_defaults(run=_convert)
 
     schema = commands.add_parser("schema", help="show a published input schema")
     schema.add_argument("name", help=f"one of {', '.join(SCHEMAS)}")
@@ -123,8 +140,7 @@ def _generate(args: argparse.Namespace) -> None:
         strict=args.strict,
     )
     config = EngineConfig.from_environment(device=args.device, dtype=args.dtype)
-    manifest = hub.find(args.model, config.weights)
-    job = request.resolve(manifest.model_spec())
+    job = request.resolve(_spec(args.model, config))
     kind = files.image_format(args.output or Path(), args.format)
     if not 0 <= args.quality <= 100:
         raise InvalidRequest(f"quality {args.quality} is outside 0 to 100")
@@ -180,6 +196,16 @@ def _generate(args: argparse.Namespace) -> None:
     _line(f"{total:.2f} s from process start: {split}")
 
 
+def _spec(model: str, config: EngineConfig) -> ModelSpec:
+    """A manifest tells it at once; of a file or repository the weights have to be looked at."""
+    meant = hub.refer(model, config.weights)
+    if isinstance(meant, hub.Manifest):
+        return meant.model_spec()
+    from flux_engine.assemble import find_model
+
+    return find_model(model, config).spec
+
+
 def _paths(output: Path, count: int) -> list[Path]:
     if count == 1:
         return [output]
@@ -191,19 +217,34 @@ def _models(args: argparse.Namespace) -> None:
     rows = [
         {
             "name": m.name,
+            "kind": m.kind,
+            "family": m.family,
             "spec": m.spec,
             "bytes": m.bytes,
+            "gated": m.gated,
             "licence": m.licence,
             "description": m.description,
         }
         for m in hub.manifests(config.weights).values()
+        if args.all or m.kind == "model"
     ]
     if args.json:
         _print(json.dumps(rows))
         return
     for row in rows:
-        size = "fetched" if row["bytes"] is None else f"{row['bytes'] / 1e6:.1f} MB"
-        _print(f"{row['name']:20} {size:>11}  {row['licence']:12} {row['description']}")
+        size = "" if row["bytes"] is None else f"{row['bytes'] / 1e9:.2f} GB"
+        kind = f"{row['kind']}: " if row["kind"] != "model" else ""
+        _print(f"{row['name']:30} {size:>9}  {row['licence']:28} {kind}{row['description']}")
+
+
+def _download(args: argparse.Namespace) -> None:
+    config = EngineConfig.from_environment()
+    manifest = hub.find(args.name, config.weights)
+    if args.revision:
+        manifest = manifest.at(args.revision)
+    for name, path in manifest.obtain(ledger=Ledger(config.cache)).items():
+        if name in manifest.files:
+            _print(f"{name:50} {path}")
 
 
 def _info(args: argparse.Namespace) -> None:
@@ -253,6 +294,14 @@ def _inspect(args: argparse.Namespace) -> None:
             _print(f"  {kind}: {_some(report[kind])}")
     for name, (dtype, shape) in (report["tensors"] if args.names else {}).items():
         _print(f"  {name}  {dtype}  {shape}")
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from flux_engine.assemble import find_model, stored_dtype
+
+    dtype = args.dtype or stored_dtype(find_model(args.model, EngineConfig.from_environment(), variant=args.variant))
+    engine = flux_engine.load(args.model, device="cpu", dtype=dtype, variant=args.variant)
+    _print(str(engine.export(args.folder, layout=args.to)))
 
 
 def _some(names: str | list[str]) -> str:

@@ -17,7 +17,8 @@ QUANTIZATIONS = ("none",)
 class EngineConfig:
     """Choices made once, when a model is loaded.
 
-    Environment variables give the defaults: FLUX_ENGINE_DEVICE, FLUX_ENGINE_DTYPE, FLUX_ENGINE_WEIGHTS.
+    Environment variables give the defaults: FLUX_ENGINE_DEVICE, FLUX_ENGINE_DTYPE, FLUX_ENGINE_WEIGHTS,
+    FLUX_ENGINE_CACHE.
     """
 
     device: str = "auto"
@@ -30,6 +31,9 @@ class EngineConfig:
     """How many encoded prompts are kept; 0 keeps none."""
     weights: Path | None = None
     """Another folder with `manifests/` beside the one that comes with the package."""
+    cache: Path | None = None
+    """Where it is remembered which weight files were verified; from the environment ~/.cache/flux-engine unless said
+    otherwise. None remembers nothing."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -59,4 +63,12 @@ class EngineConfig:
             quantization=quantization,
             embedding_cache=embedding_cache,
             weights=Path(weights) if weights else None,
+            cache=_cache(environment),
         )
+
+
+def _cache(environment: Mapping[str, str]) -> Path:
+    if environment.get("FLUX_ENGINE_CACHE"):
+        return Path(environment["FLUX_ENGINE_CACHE"])
+    home = environment.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path("~/.cache").expanduser()) / "flux-engine"

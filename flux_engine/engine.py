@@ -8,11 +8,13 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from flux_engine import hardware, hub, images
+from flux_engine import hardware, images
+from flux_engine.assemble import find_model
 from flux_engine.config import EngineConfig
 from flux_engine.errors import InvalidRequest, OutOfMemory, did_you_mean
 from flux_engine.families import FluxFamily
@@ -23,6 +25,8 @@ from flux_engine.specs import ModelSpec
 
 log = logging.getLogger(__name__)
 
+LAYOUTS = ("diffusers", "bfl")
+
 
 def load(
     model: str,
@@ -31,13 +35,19 @@ def load(
     dtype: str | torch.dtype | None = None,
     quantization: str = "none",
     embedding_cache: int = 64,
+    revision: str | None = None,
+    variant: str | None = None,
     offline: bool = False,
 ) -> Engine:
-    """Load a model by name and return an engine that runs requests on it.
+    """Load a model and return an engine that runs requests on it.
+
+    `model` is a name that `flux-engine models` lists, a weight file or a folder as diffusers keeps it, or OWNER/NAME of
+    a repository on the Hugging Face hub, or OWNER/NAME/FILE. A file may hold the transformer alone.
 
     `device` and `dtype` default to the environment (FLUX_ENGINE_DEVICE, FLUX_ENGINE_DTYPE) and then to what the
-    machine does best; see EngineConfig. `embedding_cache` is the number of encoded prompts to keep. `offline`, like
-    HF_HUB_OFFLINE=1, takes files of published models from the hub's local cache only.
+    machine does best; see EngineConfig. `embedding_cache` is the number of encoded prompts to keep. `revision` is a
+    branch, tag or commit of the repository, `variant` one of the kinds of files in it, as "fp16"; `offline`, like
+    HF_HUB_OFFLINE=1, takes files from the hub's local cache only.
     Raises UnknownModel, WeightsError, UnsupportedError or OutOfMemory; nothing stays loaded then.
     """
     config = EngineConfig.from_environment(
@@ -47,15 +57,13 @@ def load(
         embedding_cache=embedding_cache,
     )
     began = time.perf_counter()
-    manifest = hub.find(model, config.weights)
-    spec = manifest.model_spec()
     target = hardware.pick_device(config.device)
     compute = hardware.pick_dtype(config.dtype, target)
-    parts = manifest.obtain(offline=offline)
+    found = find_model(model, config, revision=revision, variant=variant, offline=offline)
     with _memory_errors(f"loading {model}"):
         family = FluxFamily.load(
-            spec,
-            parts,
+            found.spec,
+            found.parts,
             dtype=compute,
             device=target,
             embedding_cache=config.embedding_cache,
@@ -148,6 +156,26 @@ class Engine:
             "attention": "torch.scaled_dot_product_attention",
             "load_seconds": round(self.load_seconds, 3),
         }
+
+    def export(self, folder: str | Path, *, layout: str = "diffusers") -> Path:
+        """Write the weights as they are loaded, in their dtype, to a folder that is new or empty.
+
+        `layout` is "diffusers", a folder its FluxPipeline.from_pretrained reads, or "bfl": the transformer and the
+        autoencoder as Black Forest Labs' single files. Returns the folder.
+        Raises InvalidRequest for another layout, OutputError if it cannot be written; then nothing is left of it.
+        """
+        family, folder = self._pipeline.family, Path(folder)
+        if layout not in LAYOUTS:
+            raise InvalidRequest(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}", field="layout")
+        from flux_engine.checkpoints import export
+
+        if layout == "bfl":
+            return export.write_bfl(folder, self.spec.name.rpartition("/")[2], family.net, family.vae)
+        text = family.text
+        tokenizers = {"tokenizer": text.clip_tokenizer, "tokenizer_2": text.t5_tokenizer}
+        return export.write_diffusers(
+            folder, family.net, family.vae, self.spec.schedule, text.clip, text.t5, tokenizers
+        )
 
     def __repr__(self) -> str:
         net = self._pipeline.family.net

@@ -7,6 +7,8 @@ Downloads resume, are verified, and are published by rename; two processes that 
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from flux_engine.errors import UnknownModel, WeightsError
@@ -20,12 +22,40 @@ def fetch(repository: str, file: str, *, revision: str = "main", offline: bool =
     `offline`, like HF_HUB_OFFLINE=1, takes it from the cache only. Raises UnknownModel for a repository or revision
     that does not exist, WeightsError for everything else that stands in the way.
     """
-    from huggingface_hub import constants, errors, hf_hub_download
+    from huggingface_hub import hf_hub_download
+
+    with _said(repository, file, revision, offline):
+        return Path(hf_hub_download(repository, file, revision=revision, local_files_only=offline))
+
+
+def listing(repository: str, *, revision: str = "main", offline: bool = False) -> list[str]:
+    """The names of a repository's files; without a connection, of those in the local cache.
+
+    Raises what `fetch` raises.
+    """
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    with _said(repository, "the list of files", revision, offline):
+        if not (offline or constants.HF_HUB_OFFLINE):
+            try:
+                return sorted(HfApi().list_repo_files(repository, revision=revision))
+            except (OfflineModeIsEnabled, OSError) as error:
+                if getattr(error, "response", None) is not None:  # the hub has answered
+                    raise
+        folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+@contextmanager
+def _said(repository: str, file: str, revision: str, offline: bool) -> Iterator[None]:
+    """Turn each way to fail into its error."""
+    from huggingface_hub import constants, errors
 
     what = f"{file} of {repository}"
     cache = constants.HF_HUB_CACHE
     try:
-        return Path(hf_hub_download(repository, file, revision=revision, local_files_only=offline))
+        yield
     except errors.HFValidationError as error:
         raise UnknownModel(f"{repository!r} is not the name of a repository, OWNER/NAME: {error}") from None
     except errors.GatedRepoError:

@@ -1,27 +1,34 @@
 """Model names to verified local files.
 
-A model is a manifest, `manifests/NAME.toml`: which spec it is, and for every part its file, or a folder of files. A
-file lies beside the manifest, with size and SHA-256, or in a repository of the Hugging Face hub, and is fetched.
+A model is a manifest, `manifests/NAME.toml`: which spec it is, and for every part its file, or a folder of files; what
+it does not give it has from its `base`. A file lies beside the manifest, with size and SHA-256, or in a repository of
+the Hugging Face hub, and is fetched; what no manifest pins is pinned when it is first fetched.
 The manifests and the demo weights come with the package.
 """
 
 from __future__ import annotations
 
-import hashlib
+import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flux_engine.errors import UnknownModel, WeightsError, did_you_mean
+from flux_engine.errors import UnknownModel, UnsupportedError, WeightsError, did_you_mean
 from flux_engine.fetch import fetch
+from flux_engine.ledger import Ledger, Pin
 from flux_engine.specs import SPECS, ModelSpec
 
 PACKAGED = Path(__file__).parent / "weights"
 """Where a wheel carries `weights/`."""
 CHECKED_OUT = Path(__file__).parent.parent / "weights"
 """Where it is in a checkout, and so for an editable install."""
+KINDS = ("model", "controlnet", "vae", "lora", "adapter", "annotator", "safety checker")
+FAMILIES = ("flux",)
+"""Those this version runs."""
+_REPOSITORY = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:/(?P<file>.+))?")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -37,41 +44,57 @@ class WeightFile:
     bytes: int | None
     sha256: str | None
 
-    def obtain(self, *, offline: bool) -> Path:
-        """The file, verified by size and SHA-256 as far as the manifest knows them.
+    def obtain(self, *, offline: bool, ledger: Ledger) -> Path:
+        """The file, verified by size and SHA-256: the manifest's, or those it had when it was first fetched.
 
         Raises WeightsError if it is missing or another one, and what `fetch` raises.
         """
-        remedy = "install the package again"
         if self.path is None:
-            path = fetch(self.repository, self.file, revision=self.revision, offline=offline)
-            remedy = "delete it there, so that it is fetched anew"
-        elif self.path.is_file():
-            path = self.path
-        else:
+            return self._fetched(offline, ledger)
+        remedy = "install the package again"
+        if not self.path.is_file():
             raise WeightsError(f"{self.path} is missing: {remedy}")
-        size = path.stat().st_size
-        if self.bytes is not None and size != self.bytes:
-            raise WeightsError(f"{path} has {size:,} bytes, not {self.bytes:,}: {remedy}")
-        if self.sha256 is not None:
-            with path.open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            if digest != self.sha256:
-                raise WeightsError(
-                    f"{path} has SHA-256 {digest[:12]}..., not {self.sha256[:12]}...: it was altered; {remedy}"
-                )
+        _verify(self.path, self.bytes, self.sha256, ledger, remedy)
+        return self.path
+
+    def _fetched(self, offline: bool, ledger: Ledger) -> Path:
+        pin = None if self.sha256 else ledger.pin(self.repository, self.revision, self.file)
+        path = fetch(self.repository, self.file, revision=pin.commit if pin else self.revision, offline=offline)
+        size, sha256 = (pin.bytes, pin.sha256) if pin else (self.bytes, self.sha256)
+        if sha256 is None and _SHA256.fullmatch(path.resolve().name):
+            sha256 = path.resolve().name  # the hub's own cache names large files so
+        digest = _verify(path, size, sha256, ledger, "delete it there, so that it is fetched anew")
+        if pin is None and self.sha256 is None:
+            commit = path.parents[len(Path(self.file).parts) - 1].name
+            ledger.remember(self.repository, self.revision, self.file, Pin(commit, path.stat().st_size, digest))
         return path
+
+
+def _verify(path: Path, size: int | None, sha256: str | None, ledger: Ledger, remedy: str) -> str:
+    found = path.stat().st_size
+    if size is not None and found != size:
+        raise WeightsError(f"{path} has {found:,} bytes, not {size:,}: {remedy}")
+    digest = ledger.sha256(path)
+    if sha256 is not None and digest != sha256:
+        raise WeightsError(f"{path} has SHA-256 {digest[:12]}..., not {sha256[:12]}...: it was altered; {remedy}")
+    return digest
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a model consists of."""
+    """What a model, or something that goes with one, consists of."""
 
     name: str
+    kind: str
+    family: str
     spec: str
     description: str
     licence: str
     source: str
+    repository: str
+    """The one that is published as this model; empty for what comes with the package."""
+    gated: bool
+    """Whether the hub asks for an account and a licence that was accepted."""
     files: Mapping[str, WeightFile]
     """Part, or part/file for a part that is a folder -> file."""
 
@@ -82,18 +105,55 @@ class Manifest:
         return None if None in sizes else sum(size or 0 for size in sizes)
 
     def model_spec(self) -> ModelSpec:
-        """The spec, under this model's name. Raises WeightsError if the manifest names one that does not exist."""
+        """The spec, under this model's name.
+
+        Raises UnknownModel for what is no model, UnsupportedError for one this version does not run, WeightsError if
+        the manifest names a spec that does not exist.
+        """
+        if self.kind != "model":
+            raise UnknownModel(f"{self.name} is a {self.kind} and no model: load a model; see `flux-engine models`")
+        if self.family not in FAMILIES:
+            raise UnsupportedError(f"{self.name} is of the family {self.family}; this version runs {FAMILIES[0]} only")
         if self.spec not in SPECS:
             raise WeightsError(f"{self.name}: its manifest names the spec {self.spec!r}; known are {', '.join(SPECS)}")
-        return replace(SPECS[self.spec], name=self.name)
+        spec = replace(SPECS[self.spec], name=self.name)
+        if spec.transformer.in_channels != 4 * spec.vae.latent_channels:
+            raise UnsupportedError(
+                f"{self.name} reads a picture beside the prompt, which a request of this version cannot give it"
+            )
+        return spec
 
-    def obtain(self, *, offline: bool = False) -> dict[str, Path]:
-        """Part -> its file or folder, every file of it there and verified; what is not there is fetched.
+    def at(self, revision: str) -> Manifest:
+        """The same with another revision of its own repository, of which nothing is known beforehand.
+
+        Raises WeightsError if it is not published in one.
+        """
+        if not self.repository:
+            raise WeightsError(f"{self.name} comes with the package and has no revision {revision!r}")
+        files = {
+            name: replace(file, revision=revision, bytes=None, sha256=None)
+            if file.repository == self.repository
+            else file
+            for name, file in self.files.items()
+        }
+        return replace(self, files=files)
+
+    def obtain(
+        self, *, offline: bool = False, ledger: Ledger | None = None, only: Collection[str] | None = None
+    ) -> dict[str, Path]:
+        """Part -> its file or folder, and part/file -> that file; every file there and verified; what is not there is
+        fetched. `ledger` remembers what was verified before. `only` names the parts, or files of them, that are wanted.
 
         Raises WeightsError, naming the file, or UnknownModel for a repository that does not exist.
         """
-        found = {name: file.obtain(offline=offline) for name, file in self.files.items()}
-        return {name.partition("/")[0]: path.parent if "/" in name else path for name, path in found.items()}
+        ledger = ledger or Ledger()
+        found = {
+            name: file.obtain(offline=offline, ledger=ledger)
+            for name, file in self.files.items()
+            if only is None or name in only or name.partition("/")[0] in only
+        }
+        folders = {name.partition("/")[0]: path.parent for name, path in found.items() if "/" in name}
+        return folders | found  # a part that is a file and has a folder as well (for its config) is the file
 
 
 def weights_folder() -> Path:
@@ -102,49 +162,116 @@ def weights_folder() -> Path:
 
 
 def manifests(extra: Path | None = None) -> dict[str, Manifest]:
-    """Every model by name: the packaged ones, then those under `extra`, which may replace them.
+    """Every manifest by name: the packaged ones, then those under `extra`, which may replace them.
 
     Raises WeightsError for a manifest that cannot be read.
     """
-    found: dict[str, Manifest] = {}
+    read: dict[str, tuple[Manifest, str | None]] = {}
     for folder in (weights_folder(), extra):
         if folder is not None:
             for path in sorted((folder / "manifests").glob("*.toml")):
-                manifest = _read(path, folder)
-                found[manifest.name] = manifest
-    return found
+                read[path.stem] = _read(path, folder)
+    return {name: replace(manifest, files=_files_of(name, read)) for name, (manifest, _) in read.items()}
 
 
-def find(name: str, extra: Path | None = None) -> Manifest:
-    """The manifest of a model. Raises UnknownModel with the nearest names."""
+@dataclass(frozen=True)
+class Repository:
+    """A repository of the Hugging Face hub, or one file of it."""
+
+    name: str
+    file: str | None
+
+
+def refer(name: str, extra: Path | None = None) -> Manifest | Path | Repository:
+    """What a model name stands for: a manifest by its own name or by its repository's; a path; OWNER/NAME or
+    OWNER/NAME/FILE on the hub. Nothing is fetched.
+
+    Raises UnknownModel, with the nearest names, for one that can be none of these, WeightsError for a path to nothing.
+    """
     known = manifests(extra)
     if name in known:
         return known[name]
-    raise UnknownModel(f"no model {name!r}{did_you_mean(name, known)} Known: {', '.join(known) or 'none'}")
+    path = Path(name).expanduser()
+    if name and "\0" not in name and (path.exists() or path.is_symlink()):
+        return path
+    published = [m for m in known.values() if m.kind == "model" and m.repository and m.repository == name]
+    if published:
+        return published[0]
+    match = _REPOSITORY.fullmatch(name)
+    if name.startswith((".", "/", "~")) or (name.endswith(".safetensors") and not (match and match["file"])):
+        raise WeightsError(f"{path} does not exist")
+    if match:
+        return Repository(match["repository"], match["file"])
+    models = [m.name for m in known.values() if m.kind == "model"]
+    raise UnknownModel(
+        f"no model {name!r}{did_you_mean(name, known)} Known: {', '.join(models) or 'none'}; or a path, or "
+        "OWNER/NAME on the Hugging Face hub"
+    )
 
 
-def _read(path: Path, root: Path) -> Manifest:
+def find(name: str, extra: Path | None = None) -> Manifest:
+    """A manifest by its name. Raises UnknownModel with the nearest names."""
+    known = manifests(extra)
+    if name in known:
+        return known[name]
+    raise UnknownModel(f"no manifest {name!r}{did_you_mean(name, known)} Known: {', '.join(known) or 'none'}")
+
+
+def _files_of(name: str, read: Mapping[str, tuple[Manifest, str | None]]) -> dict[str, WeightFile]:
+    """A manifest's own files over those of its base, and of that one's."""
+    line: list[str] = []
+    here: str | None = name
+    while here is not None:
+        if here not in read or here in line:
+            raise WeightsError(f"the manifest {name} stands on {' on '.join([*line[1:], here])}, which cannot be")
+        line.append(here)
+        here = read[here][1]
+    files: dict[str, WeightFile] = {}
+    for step in reversed(line):
+        own = read[step][0].files
+        replaced = {part.partition("/")[0] for part in own}
+        whole = {part for part in own if "/" not in part}
+        # A part's weights alone leave the config beside the old ones standing; a folder takes the place of the folder.
+        kept = {
+            part: file
+            for part, file in files.items()
+            if (top := part.partition("/")[0]) not in replaced or (top in whole and part == f"{top}/config.json")
+        }
+        files = kept | dict(own)
+    return files
+
+
+def _read(path: Path, root: Path) -> tuple[Manifest, str | None]:
+    """A manifest with its own files only, and the name of its base."""
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
-        return Manifest(
+        repository = data.get("repository", "")
+        manifest = Manifest(
             name=path.stem,
-            spec=data["spec"],
+            kind=data.get("kind", "model"),
+            family=data.get("family", "flux"),
+            spec=data["spec"] if data.get("kind", "model") == "model" else "",
             description=data["description"],
             licence=data["licence"],
             source=data["source"],
-            files={name: _file(root, entry, data.get("repository")) for name, entry in data["files"].items()},
+            repository=repository,
+            gated=data.get("gated", False),
+            files={name: _file(root, name, entry, repository) for name, entry in data["files"].items()},
         )
-    except (tomllib.TOMLDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{path} is not a manifest: {error!r}") from None
+    if manifest.kind not in KINDS:
+        raise WeightsError(f"{path} is not a manifest: kind {manifest.kind!r} is not one of {', '.join(KINDS)}")
+    return manifest, data.get("base")
 
 
-def _file(root: Path, entry: Mapping[str, Any], repository: str | None) -> WeightFile:
+def _file(root: Path, name: str, entry: Mapping[str, Any], repository: str) -> WeightFile:
     if "path" in entry:
-        return WeightFile(root / entry["path"], "", "", "", entry["bytes"], entry["sha256"])
+        return WeightFile(root / entry["path"], "", "", "", entry.get("bytes"), entry.get("sha256"))
     return WeightFile(
         None,
-        entry["repository"] if "repository" in entry or repository is None else repository,
-        entry["file"],
+        entry.get("repository", repository),
+        entry.get("file", name),
         entry.get("revision", "main"),
         entry.get("bytes"),
         entry.get("sha256"),

@@ -222,6 +222,22 @@ FLUX_DEV = replace(
     guidance_scale=3.5,
 )
 
+# Reads a picture and its mask beside the latents: 16 channels each, and 8 x 8 mask pixels, in patches of 2 x 2.
+FLUX_FILL = replace(
+    FLUX_DEV,
+    name="flux-fill-dev",
+    transformer=FluxParams(guidance_embed=True, in_channels=384),
+    guidance_scale=30.0,
+)
+FLUX_CANNY = replace(
+    FLUX_DEV,
+    name="flux-canny-dev",
+    transformer=FluxParams(guidance_embed=True, in_channels=128),
+    guidance_scale=30.0,
+)
+FLUX_DEPTH = replace(FLUX_CANNY, name="flux-depth-dev", guidance_scale=10.0)
+FLUX_KONTEXT = replace(FLUX_DEV, name="flux-kontext-dev", guidance_scale=2.5)
+
 # Draws at a quarter of the published sizes: 1:1 is 256 px at one megapixel, 128 px at a quarter of it.
 DEMO_DEV = replace(
     FLUX_DEV,
@@ -251,7 +267,19 @@ DEMO_SCHNELL = replace(
 )
 
 SPECS: Mapping[str, ModelSpec] = MappingProxyType(
-    {spec.name: spec for spec in (FLUX_SCHNELL, FLUX_DEV, DEMO_SCHNELL, DEMO_DEV)}
+    {
+        spec.name: spec
+        for spec in (
+            FLUX_SCHNELL,
+            FLUX_DEV,
+            FLUX_FILL,
+            FLUX_CANNY,
+            FLUX_DEPTH,
+            FLUX_KONTEXT,
+            DEMO_SCHNELL,
+            DEMO_DEV,
+        )
+    }
 )
 
 

@@ -78,7 +78,7 @@ class FluxTextEncoder:
         """Read both encoders and their tokenizers: four folders as Hugging Face repositories hold them."""
         # float16 overflows inside T5, which was trained in bfloat16 (huggingface/candle issue 2480).
         dtype = torch.float32 if dtype == torch.float16 else dtype
-        clip_config = CLIPTextConfig.from_json_file(files["text_encoder"] / "config.json")
+        clip_config = CLIPTextConfig.from_json_file(files["text_encoder/config.json"])
         with WeightSource.open(files["text_encoder"]) as file:
             # Published files say `text_model.` before every name; newer versions of transformers do not.
             clip = load_module(
@@ -92,7 +92,7 @@ class FluxTextEncoder:
         for name, _ in list(clip.named_buffers()):  # the one buffer that no file stores
             parent, _, leaf = name.rpartition(".")
             clip.get_submodule(parent).register_buffer(leaf, positions[None], persistent=False)
-        t5_config = T5Config.from_json_file(files["text_encoder_2"] / "config.json")
+        t5_config = T5Config.from_json_file(files["text_encoder_2/config.json"])
         with WeightSource.open(files["text_encoder_2"]) as file:
             t5 = load_module(
                 lambda: T5EncoderModel(t5_config),

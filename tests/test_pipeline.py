@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import latent_error
 from diffusers import FluxPipeline
 
 import flux_engine
-from flux_engine import hub
-from flux_engine.checkpoints.export import export_flux_pipeline
 from flux_engine.engine import Engine
 from flux_engine.families import patchify
-
-TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 
 @pytest.fixture(scope="module", params=["demo-schnell", "demo-dev"])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     ours = flux_engine.load(request.param, device="cpu", dtype="float32")
-    family = ours._pipeline.family
-    parts = hub.find(request.param).obtain()
-    folder: Path = export_flux_pipeline(
-        tmp_path_factory.mktemp(request.param),
-        family.net,
-        family.vae,
-        family.spec.schedule,
-        {name: parts[name] for name in TEXT_PARTS},
-    )
+    folder = ours.export(tmp_path_factory.mktemp(request.param))
     theirs = FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
     return ours, theirs

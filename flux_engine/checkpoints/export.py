@@ -1,21 +1,25 @@
-"""Write a loaded model in the layout of a diffusers folder, so that anyone can check us with their own tools.
-
-Only JSON and safetensors are written; diffusers itself is not needed.
+"""Write a loaded model as a diffusers folder or as Black Forest Labs' files, so that anyone can check us with their own
+tools. Only JSON and safetensors are written; diffusers itself is not needed.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flux_engine.checkpoints.keys import to_theirs
 from flux_engine.checkpoints.tables import FLUX_DIFFUSERS, vae_diffusers
+from flux_engine.errors import OutputError
 from flux_engine.models.flux import Flux
 from flux_engine.models.vae import AutoEncoder
 from flux_engine.specs import FlowSchedule, FluxParams, VAEParams
@@ -83,34 +87,36 @@ def scheduler_config(schedule: FlowSchedule) -> dict[str, Any]:
     }
 
 
-def export_flux_pipeline(
+def write_diffusers(
     folder: Path,
     net: Flux,
     vae: AutoEncoder,
     schedule: FlowSchedule,
-    text_folders: Mapping[str, Path],
+    clip: PreTrainedModel,
+    t5: PreTrainedModel,
+    tokenizers: Mapping[str, PreTrainedTokenizerBase],
 ) -> Path:
     """Write a folder that diffusers' FluxPipeline.from_pretrained reads.
 
-    `text_folders` gives the folders text_encoder, text_encoder_2, tokenizer and tokenizer_2, which are copied.
+    `tokenizers` has those of the folders tokenizer and tokenizer_2. Raises OutputError if the folder holds something,
+    or cannot be written; then it is as it was.
     """
-    parts: list[tuple[str, dict[str, Any], dict[str, Tensor]]] = [
-        ("transformer", flux_config(net.params), flux_tensors(net)),
-        ("vae", vae_config(vae.params), vae_tensors(vae)),
+    clip_tensors = {f"text_model.{name.removeprefix('text_model.')}": v for name, v in clip.state_dict().items()}
+    t5_tensors = {name: v for name, v in t5.state_dict().items() if name != "encoder.embed_tokens.weight"}
+    parts: list[tuple[str, str, dict[str, Any], Mapping[str, Tensor]]] = [
+        ("transformer", "diffusion_pytorch_model", flux_config(net.params), flux_tensors(net)),
+        ("vae", "diffusion_pytorch_model", vae_config(vae.params), vae_tensors(vae)),
+        ("text_encoder", "model", clip.config.to_dict(), clip_tensors),
+        ("text_encoder_2", "model", t5.config.to_dict(), t5_tensors),
     ]
-    for name, config, tensors in parts:
-        _write_json(folder / name / "config.json", config)
-        save_file(
-            {key: value.cpu() for key, value in tensors.items()},
-            folder / name / "diffusion_pytorch_model.safetensors",
-            metadata={"format": "pt"},
-        )
-    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config(schedule))
-    for name, source in text_folders.items():
-        shutil.copytree(source, folder / name, dirs_exist_ok=True)
-    _write_json(
-        folder / "model_index.json",
-        {
+    with new_folder(folder) as made:
+        for name, file, config, tensors in parts:
+            _write_json(made / name / "config.json", config)
+            _write_tensors(made / name / f"{file}.safetensors", tensors)
+        _write_json(made / "scheduler" / "scheduler_config.json", scheduler_config(schedule))
+        for name, tokenizer in tokenizers.items():
+            tokenizer.save_pretrained(made / name)
+        _write_json(made / "model_index.json", {
             "_class_name": "FluxPipeline",
             "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
             "text_encoder": ["transformers", "CLIPTextModel"],
@@ -119,9 +125,43 @@ def export_flux_pipeline(
             "tokenizer_2": ["transformers", "T5TokenizerFast"],
             "transformer": ["diffusers", "FluxTransformer2DModel"],
             "vae": ["diffusers", "AutoencoderKL"],
-        },
-    )
+        })  # fmt: skip
     return folder
+
+
+def write_bfl(folder: Path, name: str, net: Flux, vae: AutoEncoder) -> Path:
+    """Write the transformer, `name`.safetensors, and the autoencoder, ae.safetensors, under the names of Black Forest
+    Labs, as their own code reads them. Raises OutputError as `write_diffusers` does.
+    """
+    with new_folder(folder) as made:
+        _write_tensors(made / f"{name}.safetensors", net.state_dict())
+        _write_tensors(made / "ae.safetensors", vae.state_dict())
+    return folder
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A neighbouring folder to write in, which takes the name at the end; after an error nothing is left of it.
+
+    Raises OutputError if there is something at `folder` already, or writing fails.
+    """
+    partial = folder.absolute().with_name(f".{folder.absolute().name}.{os.getpid()}.partial")
+    try:
+        if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
+            raise OutputError(f"{folder} exists already: name a new folder")
+        partial.mkdir(parents=True)
+        yield partial
+        partial.replace(folder)
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, path, metadata={"format": "pt"})
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -47,8 +47,8 @@ def choose(where: object, names: Iterable[str], *, variant: str | None = None, s
     pickles = [name for name in names if name.endswith(_PICKLES)]
     if pickles:
         raise WeightsError(
-            f"{where} holds no safetensors file, only {', '.join(pickles)}: pickles can run code when they are read and "
-            "are refused; convert them to safetensors, in a place where that does no harm"
+            f"{where} holds no safetensors file, only {', '.join(pickles)}: pickles can run code when they are read "
+            "and are refused; convert them to safetensors, in a place where that does no harm"
         )
     raise WeightsError(f"{where} holds no safetensors file")
 

@@ -1,0 +1,213 @@
+"""What a model name means, as parts: the name of a manifest, a file or folder here, or a repository of the hub.
+
+A file or folder need not hold all of a model. What is missing comes from the published model whose text encoders the
+transformer was made for: a transformer in one file is a model.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from flux_engine import hub
+from flux_engine.checkpoints.detect import Kind, parts_of, pick, what_is
+from flux_engine.checkpoints.folders import choose, is_index, shards_of, weights_in
+from flux_engine.checkpoints.source import WeightSource
+from flux_engine.config import EngineConfig
+from flux_engine.errors import UnsupportedError, WeightsError
+from flux_engine.fetch import fetch, listing
+from flux_engine.ledger import Ledger
+from flux_engine.specs import FLUX_DEV, SPECS, FlowSchedule, FluxParams, ModelSpec, VAEParams
+
+WEIGHTS: Mapping[str, Kind] = {"transformer": "flux", "vae": "vae", "text_encoder": "clip", "text_encoder_2": "t5"}
+"""Part -> what its file holds."""
+PLAIN = ("tokenizer", "tokenizer_2")
+"""Parts that are folders without weights."""
+CONFIGS = {"text_encoder/config.json", "text_encoder_2/config.json"}
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is needed to load a model."""
+
+    spec: ModelSpec
+    parts: Mapping[str, Path]
+    """Part -> its weights, a file or folder, or for a tokenizer its folder; and the text encoders' configs."""
+
+
+def find_model(
+    name: str,
+    config: EngineConfig,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    offline: bool = False,
+) -> Model:
+    """The parts of a model, fetched where they are not here, and its spec.
+
+    `name` is that of a manifest, a path, or OWNER/NAME of a repository, or OWNER/NAME/FILE. `variant` chooses among
+    files that a folder or repository has in several, as `x.fp16.safetensors`.
+    Raises UnknownModel, WeightsError or UnsupportedError.
+    """
+    meant = hub.refer(name, config.weights)
+    if isinstance(meant, hub.Manifest):
+        if variant is not None:
+            raise UnsupportedError(f"{meant.name} has no variant {variant!r}: its manifest names every file")
+        manifest = meant.at(revision) if revision is not None else meant
+        spec = manifest.model_spec()
+        return Model(spec, manifest.obtain(offline=offline, ledger=Ledger(config.cache)))
+    if isinstance(meant, hub.Repository):
+        path = _repository(meant.name, meant.file, revision or "main", variant, offline)
+        return _local(path, name, config, variant, offline)
+    if revision is not None:
+        raise WeightsError(f"{meant} is here and has no revision {revision!r}")
+    return _local(meant, meant.stem if meant.is_file() else meant.absolute().name, config, variant, offline)
+
+
+def stored_dtype(model: Model) -> str:
+    """What most of the transformer's tensors are stored in, as "bfloat16"."""
+    with WeightSource.open(model.parts["transformer"]) as source:
+        dtypes = Counter(recipe.dtype for recipe in pick(source, "flux").recipes.values())
+    return str(dtypes.most_common(1)[0][0]).removeprefix("torch.")
+
+
+def _repository(repository: str, file: str | None, revision: str, variant: str | None, offline: bool) -> Path:
+    """Fetch what makes up a model -> its file, or the folder with all of it."""
+
+    def get(file: str) -> Path:
+        return fetch(repository, file, revision=revision, offline=offline)
+
+    def weights(folder: str, names: list[str]) -> Path:
+        path = get(folder + choose(f"{repository} {folder}".strip(), names, variant=variant))
+        if is_index(path.name):
+            for shard in shards_of(path):
+                get(folder + shard.name)
+        return path
+
+    if file is not None:
+        return get(file)
+    files = listing(repository, revision=revision, offline=offline)
+    if "model_index.json" not in files:
+        return weights("", [name for name in files if "/" not in name])
+    index = get("model_index.json")
+    for part in WEIGHTS:
+        names = [name.removeprefix(f"{part}/") for name in files if name.startswith(f"{part}/")]
+        if names:
+            weights(f"{part}/", names)
+    for name in files:
+        if re.fullmatch(r"(scheduler|vae|text_encoder(_2)?)/\w+\.json|tokenizer(_2)?/[^/]+", name):
+            get(name)
+    return index.parent
+
+
+def _local(path: Path, name: str, config: EngineConfig, variant: str | None, offline: bool) -> Model:
+    parts: dict[str, Path] = {}
+    schedule: FlowSchedule | None = None
+    vae: Mapping[str, Any] = {}
+    if path.is_dir() and any((path / part).is_dir() for part in (*WEIGHTS, "unet")):
+        if (path / "unet").is_dir():
+            raise UnsupportedError(f"{path} holds a model with a UNet; this version runs FLUX.1 models only")
+        for part in WEIGHTS:
+            if (path / part).is_dir():
+                parts[part] = weights_in(path / part, variant=variant)
+        parts |= {part: path / part for part in PLAIN if (path / part).is_dir()}
+        parts |= {config_: path / config_ for config_ in CONFIGS if (path / config_).is_file()}
+        schedule = _schedule(path / "scheduler" / "scheduler_config.json")
+        vae = _json(path / "vae" / "config.json")
+    else:
+        weights = weights_in(path, variant=variant) if path.is_dir() else path
+        with WeightSource.open(weights) as source:
+            kinds = {part.kind for part in parts_of(source)}
+            if "flux" not in kinds:
+                raise WeightsError(f"{weights} cannot be loaded as a model: it holds {what_is(source)}")
+        parts = {part: weights for part, kind in WEIGHTS.items() if kind in kinds}
+    if "transformer" not in parts:
+        raise WeightsError(f"{path} cannot be loaded as a model: it has no transformer")
+    with WeightSource.open(parts["transformer"]) as source:
+        params = FluxParams.from_shapes(pick(source, "flux").shapes)
+    spec = _spec(path, params)
+    if params.in_channels != 4 * spec.vae.latent_channels:
+        raise UnsupportedError(f"{path} reads a picture beside the prompt, which this version cannot give it")
+    missing = {*WEIGHTS, *PLAIN, *CONFIGS} - parts.keys()
+    if missing:
+        manifest = hub.find(spec.name, config.weights)
+        base = manifest.obtain(offline=offline, ledger=Ledger(config.cache), only=missing)
+        parts = {part: base[part] for part in missing} | parts
+    if parts["vae"].is_relative_to(path):
+        with WeightSource.open(parts["vae"]) as source:
+            found = VAEParams.from_shapes(pick(source, "vae").shapes)
+        spec = replace(spec, vae=_vae(found, spec.vae, vae))
+    return Model(replace(spec, name=name, transformer=params, schedule=schedule or spec.schedule), parts)
+
+
+def _spec(path: Path, params: FluxParams) -> ModelSpec:
+    """Of the models whose text encoders fit, the one that is nearest: by widths, then by guidance."""
+    fitting = [
+        spec
+        for spec in SPECS.values()
+        if (spec.transformer.vec_in_dim, spec.transformer.context_in_dim) == (params.vec_in_dim, params.context_in_dim)
+    ]
+    if not fitting:
+        raise WeightsError(
+            f"{path} reads text {params.context_in_dim} and {params.vec_in_dim} wide, which no text encoder known here "
+            "gives"
+        )
+    return min(
+        fitting,
+        key=lambda spec: (
+            spec.transformer.guidance_embed != params.guidance_embed,
+            spec.transformer.in_channels != params.in_channels,
+            spec.transformer != params,
+            spec.guidance_scale != FLUX_DEV.guidance_scale,  # Kontext is like dev in all of its shapes
+        ),
+    )
+
+
+def _vae(found: VAEParams, like: VAEParams, config: Mapping[str, Any]) -> VAEParams:
+    """What shapes do not tell is in the config, if there is one, or as in the model it is like."""
+    try:
+        return replace(
+            found,
+            scaling_factor=float(config.get("scaling_factor", like.scaling_factor)),
+            shift_factor=float(config.get("shift_factor") or 0.0) if config else like.shift_factor,
+            norm_groups=int(config.get("norm_num_groups", like.norm_groups)),
+        )
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"the autoencoder's config.json cannot be used: {error}") from None
+
+
+def _schedule(path: Path) -> FlowSchedule | None:
+    said = _json(path)
+    if not said:
+        return None
+    shifted = bool(said.get("use_dynamic_shifting", False))
+    if not shifted and said.get("shift", 1.0) != 1.0:
+        raise UnsupportedError(f"{path} asks for a shift of {said['shift']} at every size, which is not there yet")
+    try:
+        return FlowSchedule(
+            shifted=shifted,
+            base_shift=float(said.get("base_shift", 0.5)),
+            max_shift=float(said.get("max_shift", 1.15)),
+            base_tokens=int(said.get("base_image_seq_len", 256)),
+            max_tokens=int(said.get("max_image_seq_len", 4096)),
+        )
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"{path} cannot be used: {error}") from None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A config, empty if there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{path} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise WeightsError(f"{path} is not a JSON object")
+    return found

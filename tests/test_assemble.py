@@ -1,0 +1,261 @@
+"""What a model name may be: a manifest, a file, a folder, a repository; and writing a loaded model for other tools."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import flux_engine
+from flux_engine import EngineConfig, OutputError, UnknownModel, UnsupportedError, WeightsError, cli, hub
+from flux_engine.assemble import find_model
+from flux_engine.checkpoints.folders import choose, weights_in
+from flux_engine.engine import Engine
+from flux_engine.ledger import REMEMBERED, Ledger, Pin
+from flux_engine.specs import SPECS
+
+PARTS = hub.find("demo-schnell").obtain()
+CONFIG = EngineConfig()
+
+
+def latent(engine: Engine) -> Tensor:
+    return engine("a red circle", seed=0, num_inference_steps=2, output_type="latent").images[0]
+
+
+def load(name: object, **options: str) -> Engine:
+    return flux_engine.load(str(name), device="cpu", dtype="float32", offline=True, **options)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "small"
+    assert cli.main(["convert", "demo-schnell", str(folder)]) == 0
+    return folder
+
+
+def test_the_same_model_by_every_kind_of_name(engine: Engine, exported: Path, tmp_path: Path) -> None:
+    expected = latent(engine)
+    everything = {
+        prefix + name: tensor
+        for prefix, path in (
+            ("model.diffusion_model.", PARTS["transformer"]),
+            ("vae.", PARTS["vae"]),
+            ("text_encoders.clip_l.transformer.", PARTS["text_encoder"] / "model.safetensors"),
+            ("text_encoders.t5xxl.transformer.", PARTS["text_encoder_2"] / "model.safetensors"),
+        )
+        for name, tensor in load_file(path).items()
+    }
+    save_file(everything, tmp_path / "all.safetensors")
+    for name in (PARTS["transformer"], exported, exported / "transformer", tmp_path / "all.safetensors"):
+        loaded = load(name)
+        assert torch.equal(latent(loaded), expected), name
+        assert (loaded.spec.sizes, loaded.spec.num_inference_steps) == (engine.spec.sizes, 4)
+        assert loaded.spec.schedule == engine.spec.schedule
+
+
+def test_a_guided_transformer_is_taken_for_what_it_is(tmp_path: Path) -> None:
+    shutil.copy(hub.find("demo-dev").obtain()["transformer"], tmp_path / "x.safetensors")
+    spec = find_model(str(tmp_path / "x.safetensors"), CONFIG).spec
+    assert spec.name == "x" and spec.schedule.shifted and spec.num_inference_steps == 28
+
+
+def test_convert_keeps_every_bit(exported: Path, tmp_path: Path) -> None:
+    assert cli.main(["convert", str(exported), str(tmp_path / "bfl"), "--to", "bfl"]) == 0
+    again, first = load_file(tmp_path / "bfl" / "small.safetensors"), load_file(PARTS["transformer"])
+    assert again.keys() == first.keys() and all(torch.equal(again[name], first[name]) for name in first)
+    again, first = load_file(tmp_path / "bfl" / "ae.safetensors"), load_file(PARTS["vae"])
+    assert again.keys() == first.keys() and all(torch.equal(again[name], first[name]) for name in first)
+
+
+def test_convert_writes_whole_or_not_at_all(engine: Engine, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    with pytest.raises(OutputError, match="exists already"):
+        engine.export(tmp_path / "full")
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="exists already"):
+        engine.export(tmp_path / "file")
+    program = (
+        "import sys, flux_engine, resource, signal\n"
+        "engine = flux_engine.load('demo-schnell', device='cpu')\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))\n"
+        "try: engine.export(sys.argv[1])\n"
+        "except flux_engine.OutputError as error: print(error)\n"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "new")], capture_output=True, text=True, check=True
+    ).stdout
+    assert f"cannot write {tmp_path / 'new'}" in told
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full"]
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "words"),
+    [
+        ("demo-schnel", UnknownModel, "did you mean 'demo-schnell'"),
+        ("", UnknownModel, "no model ''"),
+        ("./nothing", WeightsError, "nothing does not exist"),
+        ("nothing.safetensors", WeightsError, "does not exist"),
+        ("owner/nothing", WeightsError, "nothing is fetched offline"),
+        ("a/b\0", UnknownModel, "no model"),
+        ("sdxl", UnsupportedError, "of the family sdxl"),
+        ("stabilityai/sdxl-turbo", UnsupportedError, "sdxl-turbo is of the family sdxl"),
+        ("flux-fill-dev", UnsupportedError, "reads a picture beside the prompt"),
+        ("falconsai-nsfw", UnknownModel, "is a safety checker and no model"),
+        (PARTS["vae"], WeightsError, "it holds an autoencoder"),
+        (PARTS["tokenizer"], WeightsError, "holds no safetensors file"),
+    ],
+)
+def test_names_that_cannot_be_loaded(name: object, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        load(name)
+
+
+def test_folders_that_are_not_whole(exported: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(exported, tmp_path / "x")
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"shift": 3.0}))
+    with pytest.raises(UnsupportedError, match=r"shift of 3\.0 at every size"):
+        load(folder)
+    (folder / "scheduler" / "scheduler_config.json").write_text("[")
+    with pytest.raises(WeightsError, match=r"scheduler_config\.json cannot be read"):
+        load(folder)
+    shutil.rmtree(folder / "scheduler")
+    shutil.rmtree(folder / "text_encoder_2")  # the base has it
+    assert latent(load(folder)).isfinite().all()
+    shutil.rmtree(folder / "transformer")
+    with pytest.raises(WeightsError, match="has no transformer"):
+        load(folder)
+    (folder / "transformer").symlink_to(folder / "transformer")
+    with pytest.raises(WeightsError):
+        load(folder / "transformer")
+
+
+def test_a_repository_is_read_from_a_cache_made_by_hand(
+    engine: Engine, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    commit = "1" * 40
+    repository = tmp_path / "hub" / "models--owner--small"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    snapshot = shutil.copytree(exported, repository / "snapshots" / commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert torch.equal(latent(load("owner/small")), latent(engine))
+    inside = "owner/small/transformer/diffusion_pytorch_model.safetensors"
+    assert torch.equal(latent(load(inside, revision=commit)), latent(engine))
+    with pytest.raises(WeightsError, match="holds no variant 'fp16'"):
+        load("owner/small", variant="fp16")
+    file = snapshot / "transformer" / "diffusion_pytorch_model.safetensors"
+    file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    assert torch.equal(latent(load("owner/small")), latent(engine))
+    with pytest.raises(WeightsError, match=r"\(revision v2\) is not in the cache"):
+        load("owner/small", revision="v2")
+
+
+def test_revisions_and_variants_of_what_has_none(exported: Path) -> None:
+    with pytest.raises(WeightsError, match="comes with the package and has no revision"):
+        load("demo-schnell", revision="v2")
+    with pytest.raises(UnsupportedError, match="no variant 'fp16'"):
+        load("demo-schnell", variant="fp16")
+    with pytest.raises(WeightsError, match="is here and has no revision"):
+        load(exported, revision="v2")
+
+
+def test_which_file_of_a_folder_is_meant(tmp_path: Path) -> None:
+    names = ["x.safetensors.index.json", "x-00001-of-00002.safetensors", "x.safetensors.index.fp16.json",
+             "x.fp16-00001-of-00002.safetensors", "x.bin"]  # fmt: skip
+    assert choose("here", names) == "x.safetensors.index.json"
+    assert choose("here", names, variant="fp16") == "x.safetensors.index.fp16.json"
+    assert choose("here", ["sd_xl_base_1.0.safetensors"]) == "sd_xl_base_1.0.safetensors"
+    with pytest.raises(WeightsError, match=r"a\.safetensors, b\.safetensors: name the one"):
+        choose("here", ["a.safetensors", "b.safetensors"])
+    with pytest.raises(WeightsError, match="cannot be read"):
+        weights_in(tmp_path / "nothing")
+
+
+def test_every_manifest_is_whole() -> None:
+    known = hub.manifests()
+    for manifest in known.values():
+        assert manifest.files and manifest.licence and manifest.description and manifest.source
+        for name, file in manifest.files.items():
+            assert file.path or "/" in file.repository, (manifest.name, name)
+            assert file.sha256 is None or len(file.sha256) == 64
+        if manifest.kind == "model" and manifest.family == "flux":
+            assert manifest.spec in SPECS
+            assert {"transformer", "vae", "tokenizer", "tokenizer_2"} <= {name.split("/")[0] for name in manifest.files}
+    krea = known["flux-krea-dev"].files
+    assert krea["transformer"].repository == "black-forest-labs/FLUX.1-Krea-dev"
+    assert krea["vae"] == known["flux-schnell"].files["vae"]
+    lcm = known["sdxl-lcm"].files
+    assert lcm["unet/config.json"].repository == "latent-consistency/lcm-sdxl" and lcm["unet"].bytes is None
+    assert lcm["text_encoder_2"] == known["sdxl"].files["text_encoder_2"]
+
+
+@pytest.mark.parametrize("base", ["nothing", "x"])
+def test_a_base_that_cannot_be(tmp_path: Path, base: str) -> None:
+    (tmp_path / "manifests").mkdir()
+    text = f'base = "{base}"\nspec = "flux-dev"\ndescription = ""\nlicence = ""\nsource = ""\n[files]\n'
+    (tmp_path / "manifests" / "x.toml").write_text(text)
+    with pytest.raises(WeightsError, match="the manifest x stands on"):
+        hub.find("x", tmp_path)
+
+
+def test_a_model_put_together_by_a_manifest(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another transformer over the parts of a base, as Lightning is over SDXL's."""
+    (tmp_path / "manifests").mkdir()
+    shutil.copy(hub.find("demo-dev").obtain()["transformer"], tmp_path / "t.safetensors")
+    (tmp_path / "manifests" / "mine.toml").write_text(
+        'base = "demo-schnell"\nspec = "demo-dev"\ndescription = ""\nlicence = ""\nsource = ""\n'
+        '[files.transformer]\npath = "t.safetensors"\n'
+    )
+    monkeypatch.setenv("FLUX_ENGINE_WEIGHTS", str(tmp_path))
+    assert torch.equal(latent(load("mine")), latent(load("demo-dev")))
+
+
+def test_a_large_file_is_hashed_once(tmp_path: Path) -> None:
+    path, ledger = tmp_path / "x", Ledger(tmp_path / "cache")
+    with path.open("wb") as file:
+        file.truncate(REMEMBERED)
+    first = ledger.sha256(path)
+    entry = next((tmp_path / "cache" / "digests").iterdir())
+    entry.write_text(entry.read_text().replace(first, "f" * 64))
+    assert ledger.sha256(path) == "f" * 64
+    with path.open("r+b") as file:
+        file.write(b"x")
+    assert ledger.sha256(path) not in (first, "f" * 64)
+    entry.write_text("[")
+    assert len(ledger.sha256(path)) == 64
+    assert Ledger().sha256(path) == ledger.sha256(path)
+
+
+def test_what_no_manifest_pins_is_pinned_when_it_is_first_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub" / "models--owner--small"
+    commits = ("1" * 40, "2" * 40)
+    for commit, content in zip(commits, (b"old", b"new"), strict=True):
+        (repository / "snapshots" / commit / "a").mkdir(parents=True)
+        (repository / "snapshots" / commit / "a" / "b").write_bytes(content)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commits[0])
+    file, ledger = hub.WeightFile(None, "owner/small", "a/b", "main", None, None), Ledger(tmp_path / "cache")
+    assert file.obtain(offline=True, ledger=ledger).read_bytes() == b"old"
+    (repository / "refs" / "main").write_text(commits[1])
+    assert file.obtain(offline=True, ledger=ledger).read_bytes() == b"old"
+    pin = ledger.pin("owner/small", "main", "a/b")
+    assert pin is not None and pin.commit == commits[0]
+    ledger.remember("owner/small", "main", "a/b", Pin(commits[0], 3, "0" * 64))
+    with pytest.raises(WeightsError, match="it was altered"):
+        file.obtain(offline=True, ledger=ledger)
