@@ -85,7 +85,7 @@ def _lacks(source: WeightSource, make: Callable[[Mapping[str, tuple[int, ...]]],
 
 def _finite(source: WeightSource, name: str) -> bool:
     recipe = source.recipes[name]
-    if not recipe.dtype.is_floating_point:
+    if not recipe.dtype.is_floating_point or 0 in recipe.shape:
         return True
     rows = recipe.shape[0] if recipe.shape else 1
     step = max(1, PIECE // max(1, prod(recipe.shape[1:])))

@@ -158,6 +158,8 @@ class SafetensorsFile:
             raise self._not_whole(f"tensor {_short(name)} has shape and offsets {str((shape, begin, end))[:80]}")
         if kind not in DTYPES:
             raise WeightsError(f"{self.path}: tensor {_short(name)} is {kind[:20]}, which is not read here")
+        if math.prod(max(1, n) for n in shape) >= 2**48:  # also where a 0 makes it empty: strides overflow
+            raise self._not_whole(f"tensor {_short(name)} has the shape {str(shape)[:80]}")
         dtype = DTYPES[kind]
         if end - begin != math.prod(shape) * dtype.itemsize:
             raise self._not_whole(f"tensor {_short(name)} of shape {shape} as {kind} is not {end - begin:,} bytes")
