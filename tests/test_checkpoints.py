@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -150,26 +151,99 @@ def test_the_autoencoder_at_full_size() -> None:
     assert to_ours(source_of(theirs), vae_diffusers(4)).shapes == shapes(ours)
 
 
-def test_the_unet_at_full_size() -> None:
+def sdxl_unet(**changed: Any) -> Tensors:
+    """diffusers' UNet on the meta device; the base unless told otherwise."""
     from diffusers import UNet2DConditionModel
 
+    base = {
+        "sample_size": 128,
+        "block_out_channels": (320, 640, 1280),
+        "layers_per_block": 2,
+        "cross_attention_dim": 2048,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    }
     with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            sample_size=128, block_out_channels=(320, 640, 1280), layers_per_block=2, cross_attention_dim=2048,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20), use_linear_projection=True,
-            addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
-        ).state_dict()  # fmt: skip
+        return UNet2DConditionModel(**(base | changed)).state_dict()
+
+
+def test_the_unet_at_full_size() -> None:
+    unet = sdxl_unet()
     assert len(unet) == 1680
-    table = unet_sgm((False, True, True))
-    stored = to_theirs(unet, table)
+    assert sum(tensor.numel() for tensor in unet.values()) == 2_567_463_684
+    stored = to_theirs(unet, unet_sgm((False, True, True)))
     assert len(stored) == 1680
     assert stored["input_blocks.4.1.transformer_blocks.1.attn2.to_k.weight"].shape == (640, 2048)
     assert stored["output_blocks.5.2.conv.weight"].shape == (640, 640, 3, 3)
     source = source_of(under("model.diffusion_model.", stored))
     assert [(part.kind, part.prefix) for part in detect.parts_of(source)] == [("unet", "model.diffusion_model.")]
     assert detect.pick(source, "unet").shapes == shapes(unet)
+
+
+REFINER = {
+    "block_out_channels": (384, 768, 1536, 1536), "cross_attention_dim": 1280, "attention_head_dim": (6, 12, 24, 24),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": 4, "projection_class_embeddings_input_dim": 2560,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changed", "attention"), [(REFINER, (False, True, True, False)),
+                                                    ({"in_channels": 9}, (False, True, True))])  # fmt: skip
+def test_the_refiner_and_the_inpainting_unet_at_full_size(changed: dict[str, Any], attention: tuple[bool, ...]) -> None:
+    unet = sdxl_unet(**changed)
+    stored = to_theirs(unet, unet_sgm(attention))
+    assert len(stored) == len(unet)
+    assert detect.pick(source_of(under("model.diffusion_model.", stored)), "unet").shapes == shapes(unet)
+    assert shapes(stored)["input_blocks.0.0.weight"][1] == changed.get("in_channels", 4)
+
+
+def clip_l() -> Tensors:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+    with torch.device("meta"):
+        made = CLIPTextModel(config).state_dict()
+    return {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in made.items()}
+
+
+def test_a_whole_sdxl_file() -> None:
+    """2,515 tensors: UNet, autoencoder, CLIP-L as transformers keeps it, bigG as OpenCLIP does."""
+    with torch.device("meta"):
+        vae = AutoEncoder(VAEParams(latent_channels=4, quant_conv=True)).state_dict()
+        clip = clip_l() | {"text_model.embeddings.position_ids": torch.empty(1, 77)}
+        everything = (
+            under("model.diffusion_model.", to_theirs(sdxl_unet(), unet_sgm((False, True, True))))
+            | under("first_stage_model.", vae)
+            | under("conditioner.embedders.0.transformer.", clip)
+            | under("conditioner.embedders.1.model.", open_clip(1280, 32))
+        )
+    assert (len(vae), len(clip), len(everything)) == (248, 197, 2515)
+    parts = detect.parts_of(source_of(everything))
+    assert [(part.kind, part.layout) for part in parts] == [
+        ("unet", "SGM"), ("vae", "LDM"), ("clip", "transformers"), ("clip", "OpenCLIP"),
+    ]  # fmt: skip
+    counts = [len(part.of(source_of(everything)).shapes) for part in parts]
+    assert counts == [1680, 248, 196, 517]
+
+
+def test_t5_at_full_size() -> None:
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
+                      feed_forward_proj="gated-gelu")  # fmt: skip
+    with torch.device("meta"):
+        stored = T5EncoderModel(config).state_dict()
+    for given in (stored, {n: t for n, t in stored.items() if n != "shared.weight"},
+                  {n: t for n, t in stored.items() if n != "encoder.embed_tokens.weight"}):  # fmt: skip
+        found = detect.pick(source_of(given), "t5").shapes
+        assert len(found) == 219 and found["shared.weight"] == (32128, 4096)
 
 
 def open_clip(width: int, layers: int, pieces: int = 49408) -> Tensors:
