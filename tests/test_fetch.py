@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -26,8 +27,11 @@ import json, sys
 from flux_engine import fetch
 from flux_engine.errors import FluxEngineError
 try:
-    path = fetch.fetch(sys.argv[1], sys.argv[2], revision=sys.argv[3], offline=sys.argv[4] == "offline")
-    print(json.dumps(["file", str(path)]))
+    how = {"revision": sys.argv[3], "offline": sys.argv[4] == "offline"}
+    if sys.argv[2] == "*":
+        print(json.dumps(["files", " ".join(fetch.listing(sys.argv[1], **how))]))
+    else:
+        print(json.dumps(["file", str(fetch.fetch(sys.argv[1], sys.argv[2], **how))]))
 except FluxEngineError as error:
     print(json.dumps([type(error).__name__, str(error)]))
 """
@@ -59,6 +63,11 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(body=True)
 
     def _answer(self, *, body: bool) -> None:
+        listed = re.fullmatch(r"/api/models/(\w+/\w+)/tree/(\w+)\?.*", self.path)
+        if listed and listed.groups() == ("owner/model", "main"):
+            return self._send(json.dumps([{"type": "file", "path": "x.safetensors", "size": len(CONTENT), "oid": "1"}]))
+        if listed:
+            return self._refuse(401, "RepoNotFound")
         match = re.fullmatch(r"/(\w+/\w+)/resolve/(\w+)/(.+)", self.path)
         if match is None:
             return self._refuse(404, "EntryNotFound")
@@ -91,6 +100,13 @@ class Handler(BaseHTTPRequestHandler):
                 part = part[: len(part) // 2]
                 self.close_connection = True
             self.wfile.write(part)
+
+    def _send(self, text: str) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
 
     def _refuse(self, status: int, code: str) -> None:
         self.send_response(status)
@@ -207,3 +223,29 @@ def test_two_at_once_do_not_meet_in_a_half_file(hub: Hub, client: Client) -> Non
     assert told[0] == told[1] and told[0][0] == "file"
     assert Path(told[0][1]).read_bytes() == CONTENT
     assert len(hub.requests) == 1
+
+
+def test_the_files_of_a_repository_are_listed(client: Client) -> None:
+    assert client.fetch(file="*") == ("files", "x.safetensors")
+    kind, words = client.fetch(file="*", how="offline")
+    assert kind == "WeightsError" and "nothing is fetched offline" in words, words
+    client.fetch()
+    assert client.fetch(file="*", how="offline") == ("files", "x.safetensors")
+    kind, words = client.fetch("owner/nothing", file="*")
+    assert kind == "UnknownModel" and "there is no repository 'owner/nothing'" in words, words
+
+
+def test_a_full_disk(hub: Hub, client: Client) -> None:
+    """A cache on a file system of 8 MB, which only this process sees."""
+    full = client.home / "hub"
+    full.mkdir()
+    program = f'{sys.executable} -c "$PROGRAM" owner/model x.safetensors main online'
+    inside = f"mount -t tmpfs -o size=8m none {full} && exec {program}"
+    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", inside]
+    if shutil.which("unshare") is None or subprocess.run([*command[:3], "true"], check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    process = subprocess.Popen(
+        command, env=client.environment | {"PROGRAM": PROGRAM}, stdout=subprocess.PIPE, text=True
+    )
+    kind, words = client.answer(process)
+    assert kind == "WeightsError" and "no room for x.safetensors of owner/model" in words, words
