@@ -15,6 +15,12 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def a_ledger_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one test's files are pinned to is nothing to another, nor to the next run."""
+    monkeypatch.setenv("FLUX_ENGINE_CACHE", str(tmp_path_factory.mktemp("ledger")))
+
+
 @pytest.fixture(scope="session")
 def engine() -> Engine:
     """The demo model in float32, shared by all tests: an engine keeps nothing of a request."""

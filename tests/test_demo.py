@@ -111,19 +111,8 @@ def test_held_out_pairs_and_two_objects(name: str, request: pytest.FixtureReques
     assert share(report.with_things(2)) >= 0.70
 
 
-NOT_YET = pytest.mark.xfail(strict=False, reason="about 0.77 of 100: weights/README.md")
-POOR = {(192, 80), (80, 192)}
-"""Sizes that fall short."""
-
-
 @pytest.mark.full
-@pytest.mark.parametrize(
-    "size",
-    [
-        pytest.param(size, id=f"{size[0]}x{size[1]}", marks=NOT_YET if size in POOR else ())
-        for size in dict.fromkeys(adherence.all_sizes(DEMO_DEV))
-    ],
-)
+@pytest.mark.parametrize("size", dict.fromkeys(adherence.all_sizes(DEMO_DEV)), ids=lambda size: f"{size[0]}x{size[1]}")
 def test_every_size_of_the_table(schnell: Engine, size: tuple[int, int]) -> None:
     report = measured(schnell, 100, sizes=[size])
     assert share(report.adherence) >= 0.80
