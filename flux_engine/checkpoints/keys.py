@@ -138,7 +138,7 @@ def _pattern(template: str) -> str:
 
 def _parts(tensor: Tensor, entry: Entry, width: int) -> list[Tensor]:
     if entry.part or entry.transposed:
-        raise NotImplementedError(f"{entry} is for reading only")
+        raise WeightsError(f"{entry} of the key table is for reading only: this layout cannot be written")
     if entry.swap_halves:
         tensor = torch.cat(tensor.chunk(2)[::-1])
     if entry.matrix and tensor.dim() == 4:
