@@ -17,7 +17,7 @@ from flux_engine import hardware, images
 from flux_engine.assemble import find_model
 from flux_engine.config import EngineConfig
 from flux_engine.errors import InvalidRequest, OutOfMemory, did_you_mean
-from flux_engine.families import FluxFamily
+from flux_engine.families import Family, FluxFamily, SDXLFamily, load_family
 from flux_engine.pipeline import OnStep, Pipeline, check_cancelled
 from flux_engine.request import Job, Request
 from flux_engine.result import Result
@@ -61,7 +61,7 @@ def load(
     compute = hardware.pick_dtype(config.dtype, target)
     found = find_model(model, config, revision=revision, variant=variant, offline=offline)
     with _memory_errors(f"loading {model}"):
-        family = FluxFamily.load(
+        family = load_family(
             found.spec,
             found.parts,
             dtype=compute,
@@ -79,7 +79,7 @@ class Engine:
     A request that fails or is cancelled leaves the engine as it was.
     """
 
-    def __init__(self, family: FluxFamily, *, load_seconds: float = 0.0) -> None:
+    def __init__(self, family: Family, *, load_seconds: float = 0.0) -> None:
         self._pipeline = Pipeline(family)
         self._lock = threading.Lock()
         self._owner: int | None = None
@@ -136,12 +136,6 @@ class Engine:
     def describe(self) -> dict[str, Any]:
         """What is in force: model, device, dtype, number of weights."""
         family = self._pipeline.family
-        networks = {
-            "transformer": family.net,
-            "vae": family.vae,
-            "text_encoder": family.text.clip,
-            "text_encoder_2": family.text.t5,
-        }
         return {
             "model": self.spec.name,
             "device": str(family.net.device),
@@ -151,7 +145,7 @@ class Engine:
                     "dtype": str(next(net.parameters()).dtype).removeprefix("torch."),
                     "parameters": sum(p.numel() for p in net.parameters()),
                 }
-                for name, net in networks.items()
+                for name, net in family.networks().items()
             },
             "attention": "torch.scaled_dot_product_attention",
             "load_seconds": round(self.load_seconds, 3),
@@ -160,22 +154,20 @@ class Engine:
     def export(self, folder: str | Path, *, layout: str = "diffusers") -> Path:
         """Write the weights as they are loaded, in their dtype, to a folder that is new or empty.
 
-        `layout` is "diffusers", a folder its FluxPipeline.from_pretrained reads, or "bfl": the transformer and the
-        autoencoder as Black Forest Labs' single files. Returns the folder.
+        `layout` is "diffusers", a folder that DiffusionPipeline.from_pretrained reads, or for FLUX.1 "bfl": the
+        transformer and the autoencoder as Black Forest Labs' single files. Returns the folder.
         Raises InvalidRequest for another layout, OutputError if it cannot be written; then nothing is left of it.
         """
         family, folder = self._pipeline.family, Path(folder)
         if layout not in LAYOUTS:
             raise InvalidRequest(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}", field="layout")
+        if layout == "diffusers":
+            return family.export(folder)
+        if not isinstance(family, FluxFamily):
+            raise InvalidRequest(f"layout 'bfl' is FLUX.1's, and {self.spec.name} is none: say 'diffusers'", field="layout")
         from flux_engine.checkpoints import export
 
-        if layout == "bfl":
-            return export.write_bfl(folder, self.spec.name.rpartition("/")[2], family.net, family.vae)
-        text = family.text
-        tokenizers = {"tokenizer": text.clip_tokenizer, "tokenizer_2": text.t5_tokenizer}
-        return export.write_diffusers(
-            folder, family.net, family.vae, self.spec.schedule, text.clip, text.t5, tokenizers
-        )
+        return export.write_bfl(folder, self.spec.name.rpartition("/")[2], family.net, family.vae)
 
     def __repr__(self) -> str:
         net = self._pipeline.family.net

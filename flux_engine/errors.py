@@ -22,6 +22,7 @@ from collections.abc import Iterable
 __all__ = [
     "FluxEngineError",
     "InvalidRequest",
+    "NumericalError",
     "OutOfMemory",
     "OutputError",
     "RequestCancelled",
@@ -65,6 +66,10 @@ class UnsupportedError(FluxEngineError, RuntimeError):
 
 class OutOfMemory(FluxEngineError, MemoryError):
     """The device had not enough memory for the request. Nothing of the engine's state changed."""
+
+
+class NumericalError(FluxEngineError, ArithmeticError):
+    """A picture or latent that came out not finite, which would have been a black picture."""
 
 
 class OutputError(FluxEngineError, OSError):

@@ -66,9 +66,15 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor) -> Tensor:
-    """GroupNorm (eps 1e-6) followed by SiLU. x (B, C, h, w); weight and bias (C,)."""
-    return F.silu(F.group_norm(x, groups, weight, bias, eps=1e-6))
+def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """GroupNorm followed by SiLU. x (B, C, h, w); weight and bias (C,)."""
+    return F.silu(F.group_norm(x, groups, weight, bias, eps=eps))
+
+
+def geglu(x: Tensor) -> Tensor:
+    """The first half of the last axis times the GELU of the second (arXiv 2002.05202). x (..., 2 D) -> (..., D)."""
+    value, gate = x.chunk(2, dim=-1)
+    return value * F.gelu(gate)
 
 
 def sinusoidal_embedding(t: Tensor, dim: int, *, time_factor: float = 1000.0) -> Tensor:

@@ -1,7 +1,8 @@
-"""The request path: text, schedule, statics, loop, decode. The only loop over timesteps in the library."""
+"""The request path: stages, text, statics, loop, decode. The only loop over timesteps in the library."""
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,10 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from flux_engine import images
-from flux_engine.errors import InvalidRequest, RequestCancelled
-from flux_engine.families import FluxFamily
+from flux_engine.errors import NumericalError, RequestCancelled
+from flux_engine.families import Family, Stage
 from flux_engine.request import Job
-from flux_engine.text import TextCond
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Step:
 
 
 OnStep = Callable[[Step], None]
+Watch = Callable[[int, Tensor], None]
+"""Told of a call's number within its stage, and what the network foresees."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Output:
 class Pipeline:
     """Runs jobs on one model. Keeps nothing of a request but the text encoder's cache."""
 
-    def __init__(self, family: FluxFamily) -> None:
+    def __init__(self, family: Family) -> None:
         self.family = family
 
     @torch.inference_mode()
@@ -66,32 +68,28 @@ class Pipeline:
         cancel: threading.Event | None = None,
     ) -> Output:
         """Make the pictures of a job. Raises RequestCancelled at the next step once `cancel` is set."""
-        family = self.family
         clock = _Clock()
         check_cancelled(cancel)
+        h, w = job.latent_size
 
         with clock("encode"):
-            text, rows, notes = self._encode(job)
-            schedule = family.schedule(job)
-            statics = family.statics(job, text, rows, schedule)
+            stages = self.family.stages(job)
+            encoded = [stage.family.encode(job) for stage in stages]
+            statics = [
+                stage.family.statics(job, read, stage.schedule) for stage, read in zip(stages, encoded, strict=True)
+            ]
+            notes = list(dict.fromkeys(note for read in encoded for note in read.notes))
 
         with clock("denoise"):
-            h, w = job.latent_size
-            x = family.to_tokens(family.noise(job.seeds, h, w))  # float32
-            guided = job.true_cfg_scale != 1.0
-            for call, t in enumerate(schedule.timesteps):
-                check_cancelled(cancel)
-                if guided:
-                    negative, positive = family.net(torch.cat((x, x)), call, statics).float().chunk(2)
-                    velocity = negative + job.true_cfg_scale * (positive - negative)
-                else:
-                    velocity = family.net(x, call, statics)
-                foreseen = x - t * velocity.float() if on_step else x
-                x = schedule.step(velocity, call, x)
-                if on_step:
-                    latent = family.to_latent(foreseen, h, w)
-                    on_step(Step(call + 1, len(schedule.timesteps), t, latent, self.preview))
-            latent = family.to_latent(x, h, w)
+            total = sum(len(stage.schedule.timesteps) for stage in stages)
+            x: Tensor | None = None
+            done = 0
+            for stage, fixed in zip(stages, statics, strict=True):
+                watch = on_step and self._watching(on_step, stage, done, total, h, w)
+                x = self._denoise(stage, fixed, stage.begin(x), job.true_cfg_scale, watch, cancel)
+                done += len(stage.schedule.timesteps)
+            assert x is not None
+            latent = self.family.to_latent(x, h, w)
 
         with clock("decode"):
             if job.output_type == "latent":
@@ -101,28 +99,60 @@ class Pipeline:
                 pictures = []
                 for one in latent.split(1):
                     check_cancelled(cancel)
-                    pictures.append(family.vae.decode(one)[0].float().cpu())
+                    pictures.append(self._decode(one, notes))
         return Output(pictures, clock.seconds, notes)
 
-    def _encode(self, job: Job) -> tuple[TextCond, list[int], list[str]]:
-        """Every prompt once, which of them each row of the batch uses, and what was cut.
+    def _denoise(
+        self,
+        stage: Stage,
+        statics: Any,
+        x: Tensor,
+        scale: float,
+        watch: Watch | None,
+        cancel: threading.Event | None,
+    ) -> Tensor:
+        """Walk the timesteps of a stage. x float32."""
+        net, schedule = stage.family.net, stage.schedule
+        for call in range(len(schedule.timesteps)):
+            check_cancelled(cancel)
+            seen = schedule.input(x, call)
+            if scale != 1.0:
+                negative, positive = net(torch.cat((seen, seen)), call, statics).float().chunk(2)
+                prediction = negative + scale * (positive - negative)
+            else:
+                prediction = net(seen, call, statics)
+            foreseen = schedule.foreseen(prediction, call, x) if watch else x
+            x = schedule.step(prediction, call, x)
+            if watch:
+                watch(call, foreseen)
+        return x
 
-        Where the job has guidance, a negative row for each picture comes before the positive ones.
-        """
-        prompts = list(job.prompts)
-        if job.true_cfg_scale != 1.0:
-            prompts = [job.negative_prompt] * len(prompts) + prompts
-        unique = list(dict.fromkeys(prompts))
-        encoder = self.family.text
-        limit = encoder.max_sequence_length
-        notes = [
-            f"prompt cut to {limit} tokens, the last {over} are not read: {prompt[:40]!r}..."
-            for prompt in unique
-            if (over := encoder.tokens_over(prompt))
-        ]
-        if job.strict and notes:
-            raise InvalidRequest("strict: " + "; ".join(notes), field="prompt")
-        return encoder.encode(unique), [unique.index(prompt) for prompt in prompts], notes
+    def _watching(self, on_step: OnStep, stage: Stage, done: int, total: int, h: int, w: int) -> Watch:
+        times = stage.schedule.times
+
+        def watch(call: int, foreseen: Tensor) -> None:
+            latent = self.family.to_latent(foreseen, h, w)
+            on_step(Step(done + call + 1, total, times[call], latent, self.preview))
+
+        return watch
+
+    def _decode(self, latent: Tensor, notes: list[str]) -> Tensor:
+        """One latent (1, C, h, w) -> picture (3, H, W), never one that is not finite."""
+        vae = self.family.vae
+        picture = vae.decode(latent)[0].float().cpu()
+        if picture.isfinite().all():
+            return picture
+        dtype = str(vae.dtype).removeprefix("torch.")
+        if not latent.isfinite().all():
+            raise NumericalError(
+                f"the network's own numbers ran over in {str(self.family.net.dtype).removeprefix('torch.')}: the latent "
+                "is not finite. Load the model with dtype='bfloat16' or 'float32'"
+            )
+        picture = copy.deepcopy(vae).float().decode(latent)[0].cpu()
+        if not picture.isfinite().all():
+            raise NumericalError("the autoencoder makes no finite picture of the latent, even in float32")
+        notes.append(f"decoded in float32: the autoencoder ran over in {dtype}")
+        return picture
 
     @cached_property
     def _latent_rgb(self) -> tuple[Tensor, Tensor]:

@@ -13,15 +13,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from flux_engine.errors import InvalidRequest
-from flux_engine.specs import ModelSpec
+from flux_engine.errors import InvalidRequest, did_you_mean
+from flux_engine.specs import LCM_STEPS, SCHEDULERS, ModelSpec, SDXLSpec
 
 OutputType = Literal["pil", "np", "pt", "latent"]
+RefineMode = Literal["expert_ensemble_refiner", "base_image_refiner"]
+NO_REFINER = "no_refiner"
 
 MAX_SEED = 2**64 - 1
 MAX_OUTPUTS = 64
 """Most pictures one request may hold, prompts times num_outputs: a guard against a slip of the keyboard."""
 MAX_PROMPT_CHARACTERS = 100_000
+MAX_SIDE_TOLD = 65_536
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +45,30 @@ class Request:
     num_outputs: int = 1
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
-    """Strength of the guidance embedding of guidance-distilled models (FLUX.1 dev)."""
+    """Strength of guidance: of the embedding of guidance-distilled models (FLUX.1 dev, LCM), of classifier-free guidance
+    with SDXL, where up to 1 is off."""
     true_cfg_scale: float | None = None
-    """Scale of true classifier-free guidance; 1 is off. Default: on if there is a negative prompt."""
+    """Scale of true classifier-free guidance for models that are not SDXL; 1 is off. Default: on if there is a negative
+    prompt."""
+    scheduler: str | None = None
+    """SDXL: a name from `specs.SCHEDULERS`."""
+    refine: str | None = None
+    """SDXL with a refiner: "expert_ensemble_refiner" (it takes over at high_noise_frac), "base_image_refiner" (it goes
+    over the whole picture), "no_refiner" (the default)."""
+    high_noise_frac: float | None = None
+    """Share of the way from noise that the base goes before the refiner. Default 0.8."""
+    refine_steps: int | None = None
+    """Steps of the base_image_refiner, of which it walks the last three tenths. Default: num_inference_steps."""
+    original_size: tuple[int, int] | None = None
+    """SDXL is told how large (height, width) its picture was before it was cut. Default: as large as it is."""
+    crop_top_left: tuple[int, int] | None = None
+    """SDXL is told where (top, left) it was cut from. Default: the corner."""
+    target_size: tuple[int, int] | None = None
+    """SDXL is told its size (height, width). Default: the true one."""
+    prompt_weights: bool = False
+    """SDXL: read (word), (word:1.3) and [word] as more and less weight, as AUTOMATIC1111 does."""
+    prompt_chunks: bool = False
+    """SDXL: read all of a prompt over 77 tokens, 75 at a time, instead of cutting it."""
     seed: int | None = None
     """Seed of the first picture; picture k has seed + k. 0 is a seed. None draws one."""
     output_type: OutputType = "pil"
@@ -81,20 +105,27 @@ class Request:
                 f"output_type {self.output_type!r} is not one of {', '.join(get_args(OutputType))}",
                 field="output_type",
             )
-        guidance_scale = self._guidance(spec, notes)
-        true_cfg_scale = self._true_cfg(spec)
+        guidance_scale, true_cfg_scale = self._guidance(spec, notes)
+        scheduler = self._scheduler(spec, steps)
+        refine = self._refine(spec, steps, notes)
+        told = self._told(spec, width, height, notes)
         if self.strict and notes:
             raise InvalidRequest("strict: " + "; ".join(notes))
         return Job(
             spec=spec,
             prompts=tuple(prompt for prompt in prompts for _ in range(num_outputs)),
-            negative_prompt=self.negative_prompt or "",
+            negative_prompt=self.negative_prompt,
             width=width,
             height=height,
             seeds=tuple((seed + k) & MAX_SEED for k in range(total)),
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
             true_cfg_scale=true_cfg_scale,
+            scheduler=scheduler,
+            refine=refine,
+            told=told,
+            prompt_weights=self.prompt_weights,
+            prompt_chunks=self.prompt_chunks,
             output_type=self.output_type,
             strict=self.strict,
             notes=tuple(notes),
@@ -105,7 +136,7 @@ class Request:
         if self.width is None and self.height is None:
             return sizes.named(
                 "1:1" if self.aspect_ratio is None else self.aspect_ratio,
-                "1" if self.megapixels is None else self.megapixels,
+                spec.default_size if self.megapixels is None else self.megapixels,
             )
         if self.width is None or self.height is None:
             missing = "width" if self.width is None else "height"
@@ -131,24 +162,99 @@ class Request:
             )
         return sides[0], sides[1]
 
-    def _guidance(self, spec: ModelSpec, notes: list[str]) -> float | None:
+    def _guidance(self, spec: ModelSpec, notes: list[str]) -> tuple[float | None, float]:
+        """The embedded guidance scale, and the scale of classifier-free guidance."""
+        _check_text("negative_prompt", self.negative_prompt)
         asked = None if self.guidance_scale is None else _number("guidance_scale", self.guidance_scale, 0, 100)
+        true = None if self.true_cfg_scale is None else _number("true_cfg_scale", self.true_cfg_scale, 1, 100)
+        embedded = None
         if spec.guidance_scale is None:
             if asked is not None:
                 notes.append(f"guidance_scale {asked:g} ignored: {spec.name} takes no guidance")
-            return None
-        return spec.guidance_scale if asked is None else asked
+        elif spec.guidance_embedded:
+            embedded = spec.guidance_scale if asked is None else asked
+        if spec.guidance_embedded:
+            scale = (spec.true_cfg_scale if self.negative_prompt else 1.0) if true is None else true
+        else:
+            if true is not None:
+                raise InvalidRequest(
+                    f"true_cfg_scale {true:g}: {spec.name} has no other guidance; say guidance_scale",
+                    field="true_cfg_scale",
+                )
+            scale = max(1.0, (spec.guidance_scale if asked is None else asked) if spec.guidance_scale else 1.0)
+        if self.negative_prompt and scale == 1.0:
+            notes.append("negative_prompt ignored: without classifier-free guidance there is nothing to move away from")
+        return embedded, scale
 
-    def _true_cfg(self, spec: ModelSpec) -> float:
-        if self.negative_prompt is not None and not isinstance(self.negative_prompt, str):
+    def _scheduler(self, spec: ModelSpec, steps: int) -> str | None:
+        if not isinstance(spec, SDXLSpec):
+            if self.scheduler is not None:
+                raise InvalidRequest(
+                    f"scheduler {self.scheduler!r}: {spec.name} has one schedule; leave it out", field="scheduler"
+                )
+            return None
+        name = spec.schedule.scheduler if self.scheduler is None else self.scheduler
+        if name not in SCHEDULERS:
+            near = did_you_mean(name, SCHEDULERS) if isinstance(name, str) else "."
+            raise InvalidRequest(f"no scheduler {name!r}{near} Known: {', '.join(SCHEDULERS)}", field="scheduler")
+        if name == "LCM" and steps > LCM_STEPS:
             raise InvalidRequest(
-                f"negative_prompt is a {type(self.negative_prompt).__name__}, not a string",
-                field="negative_prompt",
+                f"num_inference_steps {steps}: the LCM scheduler takes at most {LCM_STEPS}", field="num_inference_steps"
             )
-        _check_length("negative_prompt", self.negative_prompt or "")
-        if self.true_cfg_scale is None:
-            return spec.true_cfg_scale if self.negative_prompt else 1.0
-        return _number("true_cfg_scale", self.true_cfg_scale, 1, 100)
+        return name
+
+    def _refine(self, spec: ModelSpec, steps: int, notes: list[str]) -> Refine | None:
+        mode = NO_REFINER if self.refine is None else self.refine
+        modes = (NO_REFINER, *get_args(RefineMode))
+        if mode not in modes:
+            raise InvalidRequest(f"refine {mode!r} is not one of {', '.join(modes)}", field="refine")
+        fraction = 0.8 if self.high_noise_frac is None else _number("high_noise_frac", self.high_noise_frac, 0, 1)
+        asked = self.refine_steps
+        refine_steps = steps if asked is None else _integer("refine_steps", asked, 1, spec.max_inference_steps)
+        given = {"high_noise_frac": self.high_noise_frac, "refine_steps": asked}
+        refiner = spec.refiner if isinstance(spec, SDXLSpec) else None
+        if refiner is None:
+            for name, value in (("refine", None if mode == NO_REFINER else mode), *given.items()):
+                if value is not None:
+                    how = f"load({spec.name!r}, refiner=...)" if isinstance(spec, SDXLSpec) else "leave it out"
+                    raise InvalidRequest(f"{name} {value!r}: {spec.name} has no refiner; {how}", field=name)
+            return None
+        wanted = {"expert_ensemble_refiner": "high_noise_frac", "base_image_refiner": "refine_steps"}.get(mode)
+        notes += [f"{name} {v} ignored by {mode}" for name, v in given.items() if v is not None and name != wanted]
+        return None if mode == NO_REFINER else Refine(mode, fraction, refine_steps)  # pyright: ignore[reportArgumentType]
+
+    def _told(self, spec: ModelSpec, width: int, height: int, notes: list[str]) -> SizesTold | None:
+        pairs = ("original_size", "crop_top_left", "target_size")
+        if not isinstance(spec, SDXLSpec):
+            for name in (*pairs, "prompt_weights", "prompt_chunks"):
+                if getattr(self, name):
+                    notes.append(f"{name} ignored: {spec.name} has no use for it")
+            return None
+        for name in ("prompt_weights", "prompt_chunks"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidRequest(f"{name} {getattr(self, name)!r} is neither True nor False", field=name)
+        original, crop, target = (_pair(name, getattr(self, name)) for name in pairs)
+        return SizesTold(original or (height, width), crop or (0, 0), target or (height, width))
+
+
+@dataclass(frozen=True)
+class Refine:
+    """What a refiner does."""
+
+    mode: RefineMode
+    high_noise_frac: float
+    steps: int
+
+
+@dataclass(frozen=True)
+class SizesTold:
+    """What SDXL is told of its picture's size, in pixels."""
+
+    original_size: tuple[int, int]
+    """(height, width)."""
+    crop_top_left: tuple[int, int]
+    target_size: tuple[int, int]
+    """(height, width)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,13 +263,20 @@ class Job:
 
     spec: ModelSpec
     prompts: tuple[str, ...]
-    negative_prompt: str
+    negative_prompt: str | None
     width: int
     height: int
     seeds: tuple[int, ...]
     num_inference_steps: int
     guidance_scale: float | None
+    """What the network is told; None if it is told none."""
     true_cfg_scale: float
+    """Scale of classifier-free guidance; 1 is off."""
+    scheduler: str | None = None
+    refine: Refine | None = None
+    told: SizesTold | None = None
+    prompt_weights: bool = False
+    prompt_chunks: bool = False
     output_type: OutputType = "pil"
     strict: bool = False
     notes: tuple[str, ...] = field(default=())
@@ -190,12 +303,16 @@ def _prompts(prompt: object) -> list[str]:
     for one in prompts:
         if not isinstance(one, str):
             raise InvalidRequest(f"prompt holds a {type(one).__name__}, not a string", field="prompt")
-        _check_length("prompt", one)
+        _check_text("prompt", one)
         checked.append(one)
     return checked
 
 
-def _check_length(name: str, text: str) -> None:
+def _check_text(name: str, text: object) -> None:
+    if text is None:
+        return
+    if not isinstance(text, str):
+        raise InvalidRequest(f"{name} is a {type(text).__name__}, not a string", field=name)
     if len(text) > MAX_PROMPT_CHARACTERS:
         raise InvalidRequest(
             f"{name} has {len(text):,} characters; at most {MAX_PROMPT_CHARACTERS:,} are read",
@@ -205,6 +322,14 @@ def _check_length(name: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise InvalidRequest(f"{name} is not valid Unicode: {error.reason} at {error.start}", field=name) from None
+
+
+def _pair(name: str, value: object) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
+        raise InvalidRequest(f"{name} {value!r} is not a pair of integers", field=name)
+    return _integer(name, value[0], 0, MAX_SIDE_TOLD), _integer(name, value[1], 0, MAX_SIDE_TOLD)
 
 
 def _integer(name: str, value: object, low: int, high: int) -> int:

@@ -51,7 +51,7 @@ class Result:
         job = self.job
         facts = {
             "Steps": job.num_inference_steps,
-            "Sampler": "Euler",
+            "Sampler": job.scheduler or "Euler",
             "CFG scale": f"{job.true_cfg_scale:g}",
         }
         if job.guidance_scale is not None:

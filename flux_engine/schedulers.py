@@ -5,12 +5,43 @@ A schedule is made once per request on the host, so that the loop never waits fo
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from flux_engine.specs import FlowSchedule
+from flux_engine.specs import DiffusionSchedule, FlowSchedule
+
+
+class Schedule(Protocol):
+    """What the loop over timesteps asks. Latents x are float32 whatever the network computes in."""
+
+    @property
+    def timesteps(self) -> tuple[float, ...]:
+        """What the network is told at every call. There may be more calls than steps were asked for."""
+        ...
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """The same in [0, 1], 1 for noise: for callbacks."""
+        ...
+
+    def input(self, x: Tensor, call: int) -> Tensor:
+        """x as the network reads it."""
+        ...
+
+    def step(self, prediction: Tensor, call: int, x: Tensor) -> Tensor:
+        """The latent after call number `call`."""
+        ...
+
+    def foreseen(self, prediction: Tensor, call: int, x: Tensor) -> Tensor:
+        """The latent with all noise taken away that the network predicts."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -28,9 +59,18 @@ class FlowMatchEuler:
         """Time of every network call, in [0, 1]."""
         return self.sigmas[:-1]
 
-    def step(self, velocity: Tensor, call: int, x: Tensor) -> Tensor:
-        """The latent after call number `call`. Latents are float32 whatever the network computes in."""
-        return x + (self.sigmas[call + 1] - self.sigmas[call]) * velocity.float()
+    @property
+    def times(self) -> tuple[float, ...]:
+        return self.timesteps
+
+    def input(self, x: Tensor, call: int) -> Tensor:
+        return x
+
+    def step(self, prediction: Tensor, call: int, x: Tensor) -> Tensor:
+        return x + (self.sigmas[call + 1] - self.sigmas[call]) * prediction.float()
+
+    def foreseen(self, prediction: Tensor, call: int, x: Tensor) -> Tensor:
+        return x - self.sigmas[call] * prediction.float()
 
 
 def flow_match_euler(params: FlowSchedule, num_inference_steps: int, image_tokens: int) -> FlowMatchEuler:
@@ -41,3 +81,136 @@ def flow_match_euler(params: FlowSchedule, num_inference_steps: int, image_token
         mu = params.base_shift + slope * (image_tokens - params.base_tokens)
         times = [math.exp(mu) / (math.exp(mu) + (1 / t - 1)) if t > 0 else 0.0 for t in times]
     return FlowMatchEuler(tuple(times))
+
+
+_CLASSES: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
+    {
+        "DDIM": ("DDIMScheduler", {}),
+        "DPMSolverMultistep": ("DPMSolverMultistepScheduler", {}),
+        "HeunDiscrete": ("HeunDiscreteScheduler", {}),
+        "KarrasDPM": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+        "K_EULER_ANCESTRAL": ("EulerAncestralDiscreteScheduler", {}),
+        "K_EULER": ("EulerDiscreteScheduler", {}),
+        "PNDM": ("PNDMScheduler", {}),
+        "DPM++2MSDE": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+        "LCM": ("LCMScheduler", {}),
+    }
+)
+"""The published name of a scheduler -> diffusers' class and what is set in it besides the model's own config."""
+_STOCHASTIC = ("K_EULER_ANCESTRAL", "DPM++2MSDE", "LCM")
+"""Those that draw noise on the way."""
+
+
+def scheduler_config(params: DiffusionSchedule, name: str) -> dict[str, Any]:
+    """What diffusers' scheduler of this published name is made from: as SDXL's repository has it, and what the name
+    says besides."""
+    class_name, changes = _CLASSES[name]
+    return {
+        "_class_name": class_name,
+        "beta_start": params.beta_start,
+        "beta_end": params.beta_end,
+        "beta_schedule": "scaled_linear",
+        "num_train_timesteps": params.num_train_timesteps,
+        "prediction_type": params.prediction_type,
+        "timestep_spacing": params.timestep_spacing,
+        "steps_offset": 1 if params.timestep_spacing == "leading" else 0,
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+        "interpolation_type": "linear",
+        "use_karras_sigmas": False,
+        **changes,
+    }
+
+
+class Diffusers:
+    """One of diffusers' schedulers, set for one request or for its part of one.
+
+    `generators` are the pictures' own, for what a scheduler draws on the way.
+    """
+
+    def __init__(
+        self,
+        params: DiffusionSchedule,
+        name: str,
+        num_inference_steps: int,
+        generators: Sequence[torch.Generator],
+    ) -> None:
+        import diffusers  # seconds, which a FLUX request need not wait
+
+        config = scheduler_config(params, name)
+        kind: Any = getattr(diffusers, config["_class_name"])
+        known = inspect.signature(kind).parameters  # it warns of what it does not know
+        self._scheduler: Any = kind(**{key: value for key, value in config.items() if key in known})
+        self._scheduler.set_timesteps(num_inference_steps, device="cpu")
+        self._begin = 0
+        self._end = len(self._scheduler.timesteps)
+        self._options = {"generator": list(generators)} if name in _STOCHASTIC else {}
+        self._params = params
+        self._start(0)
+
+    @property
+    def timesteps(self) -> tuple[float, ...]:
+        return tuple(self._scheduler.timesteps[self._begin : self._end].tolist())
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        return tuple(t / self._params.num_train_timesteps for t in self.timesteps)
+
+    def _timestep(self, fraction: float) -> int:
+        """The timestep after which `fraction` of the noise levels have gone by."""
+        return round(self._params.num_train_timesteps * (1 - fraction))
+
+    def stop_at(self, fraction: float) -> None:
+        """Leave the rest to another model: its timesteps lie below `fraction` of the way."""
+        self._end = sum(t >= self._timestep(fraction) for t in self.timesteps)
+
+    def start_at(self, fraction: float) -> None:
+        """Go on from where `stop_at` of the same fraction ended."""
+        left = sum(t < self._timestep(fraction) for t in self.timesteps)
+        if self._scheduler.order == 2 and left % 2 == 0 and left:
+            left += 1  # Heun visits all but the first timestep twice: not to begin between the two
+        self._start(len(self._scheduler.timesteps) - left)
+
+    def start_with(self, strength: float) -> None:
+        """Walk the last `strength` of the steps only."""
+        steps = self._scheduler.num_inference_steps
+        self._start((steps - min(int(steps * strength), steps)) * self._scheduler.order)
+
+    def _start(self, index: int) -> None:
+        self._begin = min(index, self._end)
+        if hasattr(self._scheduler, "set_begin_index"):  # DDIM and PNDM go by the timestep alone
+            self._scheduler.set_begin_index(self._begin)
+
+    def from_noise(self, noise: Tensor) -> Tensor:
+        """Standard normal noise (B, C, h, w) as the first latent."""
+        return noise * float(self._scheduler.init_noise_sigma)
+
+    def from_latent(self, latent: Tensor, noise: Tensor) -> Tensor:
+        """A latent with as much noise as there is at the first timestep."""
+        first = self._scheduler.timesteps[self._begin : self._begin + 1]
+        return self._scheduler.add_noise(latent, noise, first.to(latent.device))
+
+    def input(self, x: Tensor, call: int) -> Tensor:
+        return self._scheduler.scale_model_input(x, self._scheduler.timesteps[self._begin + call])
+
+    def step(self, prediction: Tensor, call: int, x: Tensor) -> Tensor:
+        t = self._scheduler.timesteps[self._begin + call]
+        return self._scheduler.step(prediction.float(), t, x, return_dict=False, **self._options)[0]
+
+    def foreseen(self, prediction: Tensor, call: int, x: Tensor) -> Tensor:
+        sigma = sigma_at(self._params, self.timesteps[call])
+        length = math.sqrt(1 + sigma**2)
+        scaled = self.input(x, call)  # signal and noise have length 1 in what the network reads
+        if self._params.prediction_type == "v_prediction":
+            return (scaled - sigma * prediction.float()) / length
+        return scaled * length - sigma * prediction.float()
+
+
+def sigma_at(params: DiffusionSchedule, timestep: float) -> float:
+    """Noise over signal at a discrete timestep, or between two."""
+    roots = torch.linspace(params.beta_start**0.5, params.beta_end**0.5, params.num_train_timesteps).double()
+    kept = torch.cumprod(1 - roots**2, dim=0)
+    low = min(int(timestep), params.num_train_timesteps - 2)
+    a, b = (math.log((1 - k) / k) / 2 for k in kept[low : low + 2].tolist())
+    return math.exp(a + (timestep - low) * (b - a))

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import gcd
 from types import MappingProxyType
+from typing import ClassVar
 
 from flux_engine.errors import InvalidRequest, WeightsError
 
@@ -72,6 +73,58 @@ class FluxParams:
 
 
 @dataclass(frozen=True, kw_only=True)
+class UNetParams:
+    """Widths and depths of an SDXL UNet, the finest resolution first. The defaults are SDXL base's."""
+
+    in_channels: int = 4
+    """4, or 9 for inpainting: latent, mask and masked picture."""
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280)
+    transformer_depth: tuple[int, ...] = (0, 2, 10)
+    """Transformer blocks in each attention of a resolution."""
+    mid_depth: int = 10
+    layers_per_block: int = 2
+    head_dim: int = 64
+    cross_attention_dim: int = 2048
+    add_embed_dim: int = 2816
+    """Width of the pooled text with the embedded sizes."""
+    norm_groups: int = 32
+    guidance_embed: bool = False
+
+    @property
+    def time_embed_dim(self) -> int:
+        return 4 * self.block_out_channels[0]
+
+    @classmethod
+    def from_shapes(cls, shapes: Shapes) -> UNetParams:
+        """Read every width and depth off a checkpoint with diffusers' key names, q, k and v joined. What no shape tells
+        is SDXL's: heads 64 wide and 32 groups, or what divides the channels.
+
+        Raises WeightsError naming the first key that is missing.
+        """
+        levels = _count(shapes, "down_blocks.")
+        channels = tuple(_shape(shapes, f"down_blocks.{i}.resnets.0.conv1.weight")[0] for i in range(levels))
+        depth = tuple(
+            _count(shapes, f"down_blocks.{i}.attentions.0.transformer_blocks.") for i in range(levels)
+        )
+        return cls(
+            in_channels=_shape(shapes, "conv_in.weight")[1],
+            out_channels=_shape(shapes, "conv_out.weight")[0],
+            block_out_channels=channels,
+            transformer_depth=depth,
+            mid_depth=_count(shapes, "mid_block.attentions.0.transformer_blocks."),
+            layers_per_block=_count(shapes, "down_blocks.0.resnets."),
+            head_dim=gcd(64, *channels),
+            cross_attention_dim=_shape(
+                shapes, "mid_block.attentions.0.transformer_blocks.0.attn2.to_kv.weight"
+            )[1],
+            add_embed_dim=_shape(shapes, "add_embedding.linear_1.weight")[1],
+            norm_groups=gcd(32, *channels),
+            guidance_embed="time_embedding.cond_proj.weight" in shapes,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class VAEParams:
     """Widths of the autoencoder. The defaults are FLUX's."""
 
@@ -84,6 +137,8 @@ class VAEParams:
     scaling_factor: float = 0.3611
     shift_factor: float = 0.1159
     quant_conv: bool = False
+    force_upcast: bool = False
+    """Overflows in float16, and runs in another dtype."""
 
     @classmethod
     def from_shapes(cls, shapes: Shapes) -> VAEParams:
@@ -124,6 +179,21 @@ class FlowSchedule:
     max_shift: float = 1.15
     base_tokens: int = 256
     max_tokens: int = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionSchedule:
+    """SDXL's noise schedule, betas evenly spaced between their square roots, and how its timesteps are walked."""
+
+    scheduler: str = "K_EULER"
+    """Default scheduler, one of `SCHEDULERS`."""
+    prediction_type: str = "epsilon"
+    """What the network predicts: "epsilon" or "v_prediction"."""
+    timestep_spacing: str = "leading"
+    """"leading", or "trailing", which begins with pure noise: for distilled models."""
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    num_train_timesteps: int = 1000
 
 
 PUBLISHED_SIZES: Mapping[str, tuple[int, int]] = MappingProxyType(
@@ -183,26 +253,67 @@ class SizeTable:
 class ModelSpec:
     """Everything about a model that is not its weights."""
 
+    family: ClassVar[str] = ""
     name: str
-    family: str
-    transformer: FluxParams
     vae: VAEParams
-    schedule: FlowSchedule
     sizes: SizeTable
-    max_sequence_length: int
-    """T5 tokens a prompt is padded or cut to."""
+    default_size: str = "1"
+    """Megapixels of a picture when nothing is asked for."""
     num_inference_steps: int
     """Default number of denoising steps."""
     max_inference_steps: int = 1000
     guidance_scale: float | None = None
-    """Default of the guidance embedding; None for a model without one."""
+    """Default guidance scale; None for a model that takes none."""
+    guidance_embedded: bool = True
+    """Whether the network reads the guidance scale; else it is that of classifier-free guidance."""
     true_cfg_scale: float = 1.0
-    """Default scale of classifier-free guidance when a negative prompt is given."""
+    """Default scale of classifier-free guidance when a negative prompt is given, where `guidance_scale` is not it."""
 
 
-FLUX_SCHNELL = ModelSpec(
+@dataclass(frozen=True, kw_only=True)
+class FluxSpec(ModelSpec):
+    """A FLUX.1 model."""
+
+    family: ClassVar[str] = "flux"
+    transformer: FluxParams
+    schedule: FlowSchedule
+    max_sequence_length: int
+    """T5 tokens a prompt is padded or cut to."""
+
+
+SCHEDULERS = (
+    "DDIM",
+    "DPMSolverMultistep",
+    "HeunDiscrete",
+    "KarrasDPM",
+    "K_EULER_ANCESTRAL",
+    "K_EULER",
+    "PNDM",
+    "DPM++2MSDE",
+    "LCM",
+)
+"""Names of SDXL's schedulers, as hosted models publish them."""
+LCM_STEPS = 50
+"""Steps the LCM scheduler was distilled from, and so the most it takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SDXLSpec(ModelSpec):
+    """An SDXL model."""
+
+    family: ClassVar[str] = "sdxl"
+    unet: UNetParams
+    schedule: DiffusionSchedule
+    zero_negative: bool = True
+    """Without a negative prompt the other half of the guidance reads zeros, not the empty prompt."""
+    aesthetic_score: bool = False
+    """The refiner's: it is told a score instead of the target size, and has the second text encoder only."""
+    refiner: SDXLSpec | None = None
+    """The refiner that was loaded with it."""
+
+
+FLUX_SCHNELL = FluxSpec(
     name="flux-schnell",
-    family="flux",
     transformer=FluxParams(),
     vae=VAEParams(),
     schedule=FlowSchedule(shifted=False),
@@ -266,6 +377,90 @@ DEMO_SCHNELL = replace(
     guidance_scale=None,
 )
 
+SDXL = SDXLSpec(
+    name="sdxl",
+    unet=UNetParams(),
+    vae=VAEParams(
+        latent_channels=4, scaling_factor=0.13025, shift_factor=0.0, quant_conv=True, force_upcast=True
+    ),
+    schedule=DiffusionSchedule(),
+    sizes=SizeTable(multiple=8),
+    num_inference_steps=50,
+    guidance_scale=7.5,
+    guidance_embedded=False,
+)
+SDXL_REFINER = replace(
+    SDXL,
+    name="sdxl-refiner",
+    unet=UNetParams(
+        block_out_channels=(384, 768, 1536, 1536),
+        transformer_depth=(0, 4, 4, 0),
+        mid_depth=4,
+        cross_attention_dim=1280,
+        add_embed_dim=2560,
+    ),
+    zero_negative=False,
+    aesthetic_score=True,
+)
+SDXL_INPAINTING = replace(SDXL, name="sdxl-inpainting", unet=UNetParams(in_channels=9))
+# Draws 512 px squares from pure noise in one to four steps, without guidance (arXiv 2311.17042).
+SDXL_TURBO = replace(
+    SDXL,
+    name="sdxl-turbo",
+    schedule=DiffusionSchedule(scheduler="K_EULER_ANCESTRAL", timestep_spacing="trailing"),
+    default_size="0.25",
+    num_inference_steps=1,
+    guidance_scale=None,
+)
+# One spec for each number of steps (arXiv 2402.13929).
+SDXL_LIGHTNING_4STEP = replace(
+    SDXL,
+    name="sdxl-lightning-4step",
+    schedule=DiffusionSchedule(timestep_spacing="trailing"),
+    num_inference_steps=4,
+    guidance_scale=None,
+)
+SDXL_LIGHTNING_2STEP = replace(SDXL_LIGHTNING_4STEP, name="sdxl-lightning-2step", num_inference_steps=2)
+SDXL_LIGHTNING_8STEP = replace(SDXL_LIGHTNING_4STEP, name="sdxl-lightning-8step", num_inference_steps=8)
+# Reads its guidance scale, as FLUX.1 dev does (arXiv 2311.05556).
+SDXL_LCM = replace(
+    SDXL,
+    name="sdxl-lcm",
+    unet=UNetParams(guidance_embed=True),
+    schedule=DiffusionSchedule(scheduler="LCM"),
+    num_inference_steps=4,
+    guidance_scale=8.0,
+    guidance_embedded=True,
+)
+
+# Draws at a quarter of the published sizes, and predicts v: with noise alone to see, noise says nothing about a picture.
+DEMO_SDXL = replace(
+    SDXL,
+    name="demo-sdxl",
+    unet=UNetParams(
+        block_out_channels=(32, 64, 96),
+        transformer_depth=(0, 1, 1),
+        mid_depth=1,
+        head_dim=32,
+        cross_attention_dim=96,
+        add_embed_dim=32 + 6 * 256,
+    ),
+    vae=VAEParams(
+        latent_channels=4, channels=16, norm_groups=8, scaling_factor=0.13025, shift_factor=0.0, quant_conv=True
+    ),
+    schedule=DiffusionSchedule(prediction_type="v_prediction"),
+    sizes=SizeTable(divisor=4, multiple=8, min_side=32, max_side=512, max_pixels=512 * 512),
+    num_inference_steps=25,
+    guidance_scale=3.0,
+)
+DEMO_SDXL_TURBO = replace(
+    DEMO_SDXL,
+    name="demo-sdxl-turbo",
+    schedule=DiffusionSchedule(prediction_type="v_prediction", timestep_spacing="trailing"),
+    num_inference_steps=4,
+    guidance_scale=None,
+)
+
 SPECS: Mapping[str, ModelSpec] = MappingProxyType(
     {
         spec.name: spec
@@ -278,6 +473,16 @@ SPECS: Mapping[str, ModelSpec] = MappingProxyType(
             FLUX_KONTEXT,
             DEMO_SCHNELL,
             DEMO_DEV,
+            SDXL,
+            SDXL_REFINER,
+            SDXL_INPAINTING,
+            SDXL_TURBO,
+            SDXL_LIGHTNING_2STEP,
+            SDXL_LIGHTNING_4STEP,
+            SDXL_LIGHTNING_8STEP,
+            SDXL_LCM,
+            DEMO_SDXL,
+            DEMO_SDXL_TURBO,
         )
     }
 )

@@ -8,15 +8,17 @@ Shapes: B batch, L tokens, D width, P pooled width.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPTokenizer,
     PreTrainedTokenizerBase,
     T5Config,
@@ -28,19 +30,75 @@ from flux_engine.checkpoints.detect import pick
 from flux_engine.checkpoints.load import load_module
 from flux_engine.checkpoints.source import WeightSource
 
+Key = TypeVar("Key")
+
 
 @dataclass(frozen=True)
 class TextCond:
     """Encoded prompts."""
 
     tokens: Tensor
-    """T5's last hidden states (B, L, D)."""
+    """(B, L, D): T5's last hidden states; or those before the last of both CLIPs, side by side."""
     pooled: Tensor
-    """CLIP's pooled output (B, P)."""
+    """(B, P): CLIP's pooled output, or its projection."""
 
     @staticmethod
     def cat(parts: Sequence[TextCond]) -> TextCond:
         return TextCond(torch.cat([p.tokens for p in parts]), torch.cat([p.pooled for p in parts]))
+
+
+class Cache(Generic[Key]):
+    """The encodings of the prompts that were used last."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._kept: OrderedDict[Key, TextCond] = OrderedDict()
+
+    def get(self, key: Key, make: Callable[[], TextCond]) -> TextCond:
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        made = make()
+        if self.size:
+            self._kept[key] = made
+            if len(self._kept) > self.size:
+                self._kept.popitem(last=False)
+        return made
+
+    def clear(self) -> None:
+        self._kept.clear()
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+
+def load_clip(
+    files: Mapping[str, Path],
+    part: str,
+    kind: type[CLIPTextModel] | type[CLIPTextModelWithProjection],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Any:
+    """One of transformers' text models, from the files of a part. Of several in a file it is the one that is as wide as
+    the part's config says."""
+    config = CLIPTextConfig.from_json_file(files[f"{part}/config.json"])
+
+    def stored(name: str) -> str:
+        # Published files say `text_model.` before every name; newer versions of transformers do not.
+        return name if name.startswith("text_projection.") else f"text_model.{name.removeprefix('text_model.')}"
+
+    with WeightSource.open(files[part]) as file:
+        source = pick(file, "clip", width=config.hidden_size)
+        clip = load_module(lambda: kind(config), source, dtype=dtype, device=device, rename=stored)
+    positions = torch.arange(config.max_position_embeddings, device=device)
+    for name, _ in list(clip.named_buffers()):  # the one buffer that no file stores
+        parent, _, leaf = name.rpartition(".")
+        clip.get_submodule(parent).register_buffer(leaf, positions[None], persistent=False)
+    return clip
 
 
 class FluxTextEncoder:
@@ -62,8 +120,7 @@ class FluxTextEncoder:
         self.clip_tokenizer, self.clip = clip_tokenizer, clip
         self.t5_tokenizer, self.t5 = t5_tokenizer, t5
         self.max_sequence_length = max_sequence_length
-        self.cache_size = cache_size
-        self._cache: OrderedDict[str, TextCond] = OrderedDict()
+        self._cache: Cache[str] = Cache(cache_size)
 
     @classmethod
     def load(
@@ -78,20 +135,7 @@ class FluxTextEncoder:
         """Read both encoders and their tokenizers: four folders as Hugging Face repositories hold them."""
         # float16 overflows inside T5, which was trained in bfloat16 (huggingface/candle issue 2480).
         dtype = torch.float32 if dtype == torch.float16 else dtype
-        clip_config = CLIPTextConfig.from_json_file(files["text_encoder/config.json"])
-        with WeightSource.open(files["text_encoder"]) as file:
-            # Published files say `text_model.` before every name; newer versions of transformers do not.
-            clip = load_module(
-                lambda: CLIPTextModel(clip_config),
-                pick(file, "clip"),
-                dtype=dtype,
-                device=device,
-                rename=lambda name: f"text_model.{name.removeprefix('text_model.')}",
-            )
-        positions = torch.arange(clip_config.max_position_embeddings, device=device)
-        for name, _ in list(clip.named_buffers()):  # the one buffer that no file stores
-            parent, _, leaf = name.rpartition(".")
-            clip.get_submodule(parent).register_buffer(leaf, positions[None], persistent=False)
+        clip = load_clip(files, "text_encoder", CLIPTextModel, dtype=dtype, device=device)
         t5_config = T5Config.from_json_file(files["text_encoder_2/config.json"])
         with WeightSource.open(files["text_encoder_2"]) as file:
             t5 = load_module(
@@ -112,7 +156,7 @@ class FluxTextEncoder:
 
     def encode(self, prompts: Sequence[str]) -> TextCond:
         """Encode prompts, a row for each. What is over T5's limit is not read; `tokens_over` tells."""
-        return TextCond.cat([self._lookup(prompt) for prompt in prompts])
+        return TextCond.cat([self._cache.get(prompt, lambda p=prompt: self._encode_one(p)) for prompt in prompts])
 
     def tokens_over(self, prompt: str) -> int:
         """By how many T5 tokens a prompt is over the limit; 0 if it fits.
@@ -120,17 +164,6 @@ class FluxTextEncoder:
         CLIP reads 77 tokens at most and adds only the pooled vector; what it leaves out is no loss to report.
         """
         return max(0, len(self.t5_tokenizer(prompt).input_ids) - self.max_sequence_length)
-
-    def _lookup(self, prompt: str) -> TextCond:
-        if prompt in self._cache:
-            self._cache.move_to_end(prompt)
-            return self._cache[prompt]
-        cond = self._encode_one(prompt)
-        if self.cache_size:
-            self._cache[prompt] = cond
-            if len(self._cache) > self.cache_size:
-                self._cache.popitem(last=False)
-        return cond
 
     def _encode_one(self, prompt: str) -> TextCond:
         # CLIP reads from left to right, so padding behind the end-of-text token cannot change what is pooled there.

@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from training import export, flux, latents, text, vae  # noqa: E402
+from flux_engine.specs import MEGAPIXELS  # noqa: E402
+from training import export, flux, latents, text, unet, vae  # noqa: E402
 
 
 def main() -> None:
@@ -53,13 +54,17 @@ def main() -> None:
         return command
 
     part("text", text.train_text, steps=3000, lr=2e-3, batch=64)
-    encoder = part("vae", vae.train_vae, steps=5000, lr=1.5e-3)
-    encoder.add_argument("--kl", type=float, default=5e-4)
-    encoder.add_argument("--start", type=Path, help="weights to start from, a safetensors file")
+    part("sdxl-text", text.train_paired, steps=3000, lr=2e-3, batch=64)
+    for name, classes, steps in (("vae", MEGAPIXELS, 5000), ("sdxl-vae", MEGAPIXELS[:1], 3000)):
+        encoder = part(name, vae.train_vae, steps=steps, lr=1.5e-3)
+        encoder.add_argument("--kl", type=float, default=5e-4)
+        encoder.add_argument("--start", type=Path, help="weights to start from, a safetensors file")
+        encoder.set_defaults(run_name=name, classes=classes)
 
     pictures = commands.add_parser("latents")
     pictures.add_argument("--megapixels", choices=("1", "0.25"), default="1")
     pictures.add_argument("--count", type=int, default=1000, help="pictures of a size; square ones twice as many")
+    pictures.add_argument("--vae", choices=vae.PARAMS, default="vae")
     pictures.add_argument("--layout", choices=latents.LAYOUTS, default="middle")
     pictures.set_defaults(run=latents.make_latents)
     commands.add_parser("captions").set_defaults(run=latents.make_texts)
@@ -68,11 +73,13 @@ def main() -> None:
         ("base", flux.train_base, 10_000, 1.2e-3, 18),
         ("dev", flux.train_dev, 500, 4e-4, 16),
         ("schnell", flux.train_schnell, 600, 4e-4, 16),
+        ("sdxl-base", unet.train_base, 8000, 1.2e-3, 16),
     ):
         command = part(name, run, steps=steps, lr=lr, batch=batch)
         command.add_argument("--large", type=float, default=0.35, help="share of batches at the full megapixel")
-        if name == "base":
+        if "base" in name:
             command.add_argument("--start", type=Path, help="weights to start from, a safetensors file")
+        if name == "base":
             command.add_argument("--thin", type=float, default=0.8, help="share of those with half of their tokens")
 
     kept = commands.add_parser("checkpoint")

@@ -8,6 +8,7 @@ from conftest import latent_error
 from diffusers import FluxPipeline
 
 import flux_engine
+from flux_engine.families import generators_of
 from flux_engine.engine import Engine
 from flux_engine.families import patchify
 
@@ -40,7 +41,7 @@ def test_request_agrees_with_diffusers(pair: tuple[Engine, FluxPipeline], case: 
         pytest.skip("takes no guidance")
     result = ours(**asked, seed=3, output_type="latent")
     job = result.job
-    noise = ours._pipeline.family.noise(job.seeds, *job.latent_size)
+    noise = ours._pipeline.family.noise(generators_of(job), *job.latent_size)
     reference = theirs(
         prompt=list(job.prompts),
         negative_prompt=[job.negative_prompt] * len(job.prompts) if job.true_cfg_scale > 1 else None,

@@ -17,6 +17,7 @@ from flux_engine.checkpoints.tables import (
     FLUX_DIFFUSERS,
     T5_TRANSFORMERS,
     clip_open_clip,
+    unet_diffusers,
     unet_sgm,
     vae_diffusers,
 )
@@ -59,19 +60,26 @@ def _levels(shapes: Shapes, start: str) -> int:
     return len({name[len(start) :].partition(".")[0] for name in shapes if name.startswith(start)})
 
 
-def _attention(shapes: Shapes) -> tuple[bool, ...]:
+def _sgm_attention(shapes: Shapes) -> tuple[bool, ...]:
     """Which resolutions of a UNet in SGM's layout have attention."""
     levels = (_levels(shapes, "input_blocks.") + 1) // 3
     return tuple(f"input_blocks.{1 + 3 * level}.1.norm.weight" in shapes for level in range(levels))
+
+
+def _attention(shapes: Shapes) -> tuple[bool, ...]:
+    """The same in diffusers' layout."""
+    levels = _levels(shapes, "down_blocks.")
+    return tuple(f"down_blocks.{level}.attentions.0.norm.weight" in shapes for level in range(levels))
 
 
 SIGNS = (
     Sign("double_blocks.0.img_attn.norm.key_norm.scale", "flux", "Black Forest Labs"),
     Sign("transformer_blocks.0.attn.norm_added_k.weight", "flux", "diffusers", lambda _: FLUX_DIFFUSERS,
          also="single_transformer_blocks.0.attn.norm_k.weight"),
-    Sign("input_blocks.0.0.weight", "unet", "SGM", lambda shapes: unet_sgm(_attention(shapes)),
+    Sign("input_blocks.0.0.weight", "unet", "SGM", lambda shapes: unet_sgm(_sgm_attention(shapes)),
          also="label_emb.0.0.weight"),
-    Sign("down_blocks.0.resnets.0.time_emb_proj.weight", "unet", "diffusers", also="add_embedding.linear_1.weight"),
+    Sign("down_blocks.0.resnets.0.time_emb_proj.weight", "unet", "diffusers",
+         lambda shapes: unet_diffusers(_attention(shapes)), also="add_embedding.linear_1.weight"),
     Sign("decoder.up.0.block.0.norm1.weight", "vae", "LDM"),
     Sign("decoder.up_blocks.0.resnets.0.norm1.weight", "vae", "diffusers",
          lambda shapes: vae_diffusers(_levels(shapes, "decoder.up_blocks."))),
@@ -120,6 +128,12 @@ def parts_of(source: WeightSource) -> list[Part]:
     return found
 
 
+def _width(source: WeightSource) -> int | None:
+    """Of a text encoder's states."""
+    shape = source.shapes.get("text_model.embeddings.token_embedding.weight")
+    return shape[-1] if shape else None
+
+
 def _prefixes(shapes: Shapes, tensor: str) -> list[str]:
     """What stands before this name, wherever it stands."""
     prefixes = [name.removesuffix(tensor) for name in shapes if name.endswith(tensor)]
@@ -139,9 +153,15 @@ def what_is(source: WeightSource) -> str:
     return f"nothing known here, {len(source.recipes)} tensors, the first of them {next(iter(source.recipes), None)!r}"
 
 
-def pick(source: WeightSource, kind: Kind) -> WeightSource:
-    """The part of this kind, under our names. Raises WeightsError if there is none, or more than one."""
+def pick(source: WeightSource, kind: Kind, *, width: int | None = None) -> WeightSource:
+    """The part of this kind, under our names; of several text encoders the one of this width.
+
+    Raises WeightsError if there is none, or more than one.
+    """
     found = [part for part in parts_of(source) if part.kind == kind]
+    if len(found) > 1 and width is not None:
+        fitting = [part for part in found if _width(part.of(source)) == width]
+        found = fitting or found
     if not found:
         raise WeightsError(f"{source.path} is not {NAMES[kind]}: it holds {what_is(source)}")
     if len(found) > 1:

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flux_engine.checkpoints.keys import to_theirs
-from flux_engine.checkpoints.tables import FLUX_DIFFUSERS, vae_diffusers
-from flux_engine.errors import OutputError
+from flux_engine.checkpoints.tables import FLUX_DIFFUSERS, unet_diffusers, vae_diffusers
+from flux_engine.errors import OutputError, WeightsError
 from flux_engine.models.flux import Flux
+from flux_engine.models.unet import UNet
 from flux_engine.models.vae import AutoEncoder
-from flux_engine.specs import FlowSchedule, FluxParams, VAEParams
+from flux_engine.specs import FlowSchedule, FluxParams, UNetParams, VAEParams
 
 
 def flux_tensors(net: Flux) -> dict[str, Tensor]:
@@ -70,10 +72,11 @@ def vae_config(params: VAEParams) -> dict[str, Any]:
         "shift_factor": params.shift_factor,
         "use_quant_conv": params.quant_conv,
         "use_post_quant_conv": params.quant_conv,
+        "force_upcast": params.force_upcast,
     }
 
 
-def scheduler_config(schedule: FlowSchedule) -> dict[str, Any]:
+def flux_scheduler_config(schedule: FlowSchedule) -> dict[str, Any]:
     """What diffusers' FlowMatchEulerDiscreteScheduler is made from."""
     return {
         "_class_name": "FlowMatchEulerDiscreteScheduler",
@@ -87,45 +90,93 @@ def scheduler_config(schedule: FlowSchedule) -> dict[str, Any]:
     }
 
 
+def unet_tensors(net: UNet) -> dict[str, Tensor]:
+    """The UNet's tensors under diffusers' names."""
+    return to_theirs(net.state_dict(), unet_diffusers([depth > 0 for depth in net.params.transformer_depth]))
+
+
+def unet_config(params: UNetParams) -> dict[str, Any]:
+    """What diffusers' UNet2DConditionModel is made from. It counts heads and calls that their width."""
+    *depths, last = params.transformer_depth
+    if last not in (0, params.mid_depth):
+        raise WeightsError(f"diffusers has no UNet that is {last} deep at its coarsest and {params.mid_depth} below it")
+    kinds = ["CrossAttn" if depth else "" for depth in params.transformer_depth]
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "in_channels": params.in_channels,
+        "out_channels": params.out_channels,
+        "block_out_channels": list(params.block_out_channels),
+        "down_block_types": [f"{kind}DownBlock2D" for kind in kinds],
+        "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(kinds)],
+        "layers_per_block": params.layers_per_block,
+        "transformer_layers_per_block": [*(depth or 1 for depth in depths), params.mid_depth],
+        "attention_head_dim": [width // params.head_dim for width in params.block_out_channels],
+        "cross_attention_dim": params.cross_attention_dim,
+        "norm_num_groups": params.norm_groups,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": params.add_embed_dim,
+        "time_cond_proj_dim": 256 if params.guidance_embed else None,
+    }
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A network as a folder of its own."""
+
+    library: str
+    """"diffusers" or "transformers", where its class is."""
+    kind: str
+    """The class."""
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+
+def text_model(clip: PreTrainedModel) -> Exported:
+    """A text encoder, as it is published."""
+    prefix = "text_model."
+    tensors = {
+        name if name.startswith("text_projection.") else prefix + name.removeprefix(prefix): v
+        for name, v in clip.state_dict().items()
+    }
+    return Exported("transformers", type(clip).__name__, clip.config.to_dict(), tensors)
+
+
+def t5_model(t5: PreTrainedModel) -> Exported:
+    tensors = {name: v for name, v in t5.state_dict().items() if name != "encoder.embed_tokens.weight"}
+    return Exported("transformers", "T5EncoderModel", t5.config.to_dict(), tensors)
+
+
+def autoencoder(vae: AutoEncoder) -> Exported:
+    return Exported("diffusers", "AutoencoderKL", vae_config(vae.params), vae_tensors(vae))
+
+
 def write_diffusers(
     folder: Path,
-    net: Flux,
-    vae: AutoEncoder,
-    schedule: FlowSchedule,
-    clip: PreTrainedModel,
-    t5: PreTrainedModel,
+    pipeline: str,
+    parts: Mapping[str, Exported],
     tokenizers: Mapping[str, PreTrainedTokenizerBase],
+    scheduler: Mapping[str, Any],
+    **said: Any,
 ) -> Path:
-    """Write a folder that diffusers' FluxPipeline.from_pretrained reads.
+    """Write a folder that diffusers' `pipeline`.from_pretrained reads.
 
-    `tokenizers` has those of the folders tokenizer and tokenizer_2. Raises OutputError if the folder holds something,
-    or cannot be written; then it is as it was.
+    `said` is what the pipeline's own config says beside its parts. Raises OutputError if the folder holds something, or
+    cannot be written; then it is as it was.
     """
-    clip_tensors = {f"text_model.{name.removeprefix('text_model.')}": v for name, v in clip.state_dict().items()}
-    t5_tensors = {name: v for name, v in t5.state_dict().items() if name != "encoder.embed_tokens.weight"}
-    parts: list[tuple[str, str, dict[str, Any], Mapping[str, Tensor]]] = [
-        ("transformer", "diffusion_pytorch_model", flux_config(net.params), flux_tensors(net)),
-        ("vae", "diffusion_pytorch_model", vae_config(vae.params), vae_tensors(vae)),
-        ("text_encoder", "model", clip.config.to_dict(), clip_tensors),
-        ("text_encoder_2", "model", t5.config.to_dict(), t5_tensors),
-    ]
+    index: dict[str, Any] = {"_class_name": pipeline, "scheduler": ["diffusers", scheduler["_class_name"]], **said}
+    index |= {name: [part.library, part.kind] for name, part in parts.items()}
+    index |= {name: ["transformers", type(tokenizer).__name__] for name, tokenizer in tokenizers.items()}
     with new_folder(folder) as made:
-        for name, file, config, tensors in parts:
-            _write_json(made / name / "config.json", config)
-            _write_tensors(made / name / f"{file}.safetensors", tensors)
-        _write_json(made / "scheduler" / "scheduler_config.json", scheduler_config(schedule))
+        for name, part in parts.items():
+            file = "model" if part.library == "transformers" else "diffusion_pytorch_model"
+            _write_json(made / name / "config.json", part.config)
+            _write_tensors(made / name / f"{file}.safetensors", part.tensors)
+        _write_json(made / "scheduler" / "scheduler_config.json", scheduler)
         for name, tokenizer in tokenizers.items():
             tokenizer.save_pretrained(made / name)
-        _write_json(made / "model_index.json", {
-            "_class_name": "FluxPipeline",
-            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-            "text_encoder": ["transformers", "CLIPTextModel"],
-            "text_encoder_2": ["transformers", "T5EncoderModel"],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "tokenizer_2": ["transformers", "T5TokenizerFast"],
-            "transformer": ["diffusers", "FluxTransformer2DModel"],
-            "vae": ["diffusers", "AutoencoderKL"],
-        })  # fmt: skip
+        _write_json(made / "model_index.json", index)
     return folder
 
 
@@ -164,6 +215,6 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, path, metadata={"format": "pt"})
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -41,7 +41,8 @@ Table = tuple[Entry, ...]
 def to_theirs(tensors: Mapping[str, Tensor], table: Table, *, width: int = 0) -> dict[str, Tensor]:
     """Rename (and split, swap, squeeze) our tensors to the other layout.
 
-    `width` is the number of rows of every part of a joined tensor but the last, which takes the rest.
+    `width` is the number of rows of every part of a joined tensor but the last, which takes the rest; without it the
+    parts are equal.
     Raises WeightsError for a tensor no entry matches.
     """
     out: dict[str, Tensor] = {}
@@ -146,6 +147,6 @@ def _parts(tensor: Tensor, entry: Entry, width: int) -> list[Tensor]:
     count = len(entry.theirs)
     if count == 1:
         return [tensor.contiguous()]
-    sizes = [width] * (count - 1)
+    sizes = [width or tensor.shape[0] // count] * (count - 1)
     sizes.append(tensor.shape[0] - sum(sizes))
     return [part.contiguous() for part in tensor.split(sizes)]

@@ -146,7 +146,7 @@ def clip_open_clip() -> Table:
 
 
 def unet_sgm(attention: Sequence[bool]) -> Table:
-    """SDXL's UNet as its single files hold it; ours is named as diffusers names it.
+    """SDXL's UNet as its single files hold it; ours is named as diffusers names it, with q, k and v joined.
 
     `attention` says for each resolution, the finest first, whether it has any: base (no, yes, yes), refiner (no, yes,
     yes, no).
@@ -155,6 +155,7 @@ def unet_sgm(attention: Sequence[bool]) -> Table:
     table = [
         _one("time_embedding.linear_1", "time_embed.0"),
         _one("time_embedding.linear_2", "time_embed.2"),
+        _one("time_embedding.cond_proj", "time_embed.cond_proj"),  # LCM's; no such file is known in this layout
         _one("add_embedding.linear_1", "label_emb.0.0"),
         _one("add_embedding.linear_2", "label_emb.0.2"),
         _one("conv_in", "input_blocks.0.0"),
@@ -196,7 +197,23 @@ def _sgm_resnet(ours: str, theirs: str) -> list[Entry]:
 
 def _sgm_attention(ours: str, theirs: str) -> list[Entry]:
     block = "transformer_blocks.{i}."
-    layers = [f"attn{n}.{name}" for n in (1, 2) for name in ("to_q", "to_k", "to_v", "to_out.0")]
-    inside = ["norm1", "norm2", "norm3", "ff.net.0.proj", "ff.net.2", *layers]
+    inside = ["norm1", "norm2", "norm3", "ff.net.0.proj", "ff.net.2", "attn1.to_out.0", "attn2.to_q", "attn2.to_out.0"]
     names = ["norm", "proj_in", "proj_out", *(block + name for name in inside)]
-    return [_one(f"{ours}.{name}", f"{theirs}.{name}") for name in names]
+    return [
+        *(_one(f"{ours}.{name}", f"{theirs}.{name}") for name in names),
+        *(
+            Entry(f"{ours}.{block}{joined}", tuple(f"{theirs}.{block}{name}" for name in _split(joined)))
+            for joined in ("attn1.to_qkv", "attn2.to_kv")
+        ),
+    ]
+
+
+def _split(joined: str) -> list[str]:
+    """attn1.to_qkv -> attn1.to_q, attn1.to_k, attn1.to_v; any other name is its own."""
+    stem, found, letters = joined.rpartition(".to_")
+    return [f"{stem}.to_{letter}" for letter in letters] if found and letters in ("qkv", "kv") else [joined]
+
+
+def unet_diffusers(attention: Sequence[bool]) -> Table:
+    """SDXL's UNet as diffusers holds it: only q, k and v are not joined."""
+    return tuple(replace(entry, theirs=tuple(_split(entry.ours))) for entry in unet_sgm(attention))

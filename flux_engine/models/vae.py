@@ -14,19 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flux_engine import ops
 from flux_engine.attention import attention
+from flux_engine.models.layers import NormSiLU
 from flux_engine.specs import VAEParams
-
-
-class NormSiLU(nn.GroupNorm):
-    """GroupNorm with SiLU behind it, as one op."""
-
-    def __init__(self, groups: int, channels: int) -> None:
-        super().__init__(groups, channels, eps=1e-6)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return ops.group_norm_silu(input, self.num_groups, self.weight, self.bias)
 
 
 class ResnetBlock(nn.Module):

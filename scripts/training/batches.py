@@ -10,10 +10,11 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from benchmarks import captions
 from flux_engine.families import image_ids, patchify
 from flux_engine.specs import DEMO_DEV, MEGAPIXELS
 from training import hints
-from training.latents import CAPTIONS, LAYOUTS, Pool, load_pool, load_texts, path_of, sizes
+from training.latents import CAPTIONS, LAYOUTS, Pool, Texts, load_pool, load_texts, path_of, sizes
 from training.run import log
 from training.text import load_text
 
@@ -70,6 +71,8 @@ class Batch:
     """(B,): whether the caption, if it is followed, leaves one picture only."""
     guidance: Tensor
     """(B,): guidance scale."""
+    size: tuple[int, int]
+    """(width, height) of the pictures."""
     weight: Tensor
     answers: hints.Answers
 
@@ -124,8 +127,14 @@ class Walks:
             self.under_way.remove(walk)
 
 
+Encode = Callable[[list[str]], tuple[Tensor, Tensor]]
+"""Captions -> tokens (B, L, D), pooled (B, P)."""
+
+
 class Source:
-    """Draws batches of `count` from the pools on disk: one size a batch, of the large class in `large` of the cases."""
+    """Draws batches of `count` from the pools on disk: one size a batch, of the large class in `large` of the cases.
+
+    The captions are those on disk, or with `encode` written and encoded anew for every batch."""
 
     def __init__(
         self,
@@ -133,21 +142,24 @@ class Source:
         large: float,
         uncaptioned: float = 0.0,
         guidance: Callable[[random.Random], float] = lambda _: 1.0,
+        vae: str = "vae",
+        encode: Encode | None = None,
     ) -> None:
         self.count, self.large, self.uncaptioned, self.guidance = count, large, uncaptioned, guidance
+        self.encode = encode
         with torch.no_grad():
-            self.nothing, self.nothing_pooled = load_text()([""])
+            self.nothing, self.nothing_pooled = (encode or load_text())([""])
         self.pools = {
             (layout, megapixels): [
-                (pool, load_texts(layout, size), hints.Asked(pool))
+                (pool, None if encode else load_texts(layout, size), hints.Asked(pool))
                 for size in dict.fromkeys(sizes(megapixels))
-                if path_of(layout, size, "texts").exists()
-                for pool in [load_pool(layout, size)]
+                if path_of(layout, size, "latents" if encode else "texts", vae).exists()
+                for pool in [load_pool(layout, size, vae)]
             ]
             for layout, megapixels in product(LAYOUTS, MEGAPIXELS)
         }
         for (layout, megapixels), pools in self.pools.items():
-            if not pools:
+            if not pools and not encode:
                 raise SystemExit(f"no {layout} pictures at megapixels {megapixels}: first run latents, then captions")
             counts = {f"{pool.width}x{pool.height}": len(pool.scenes) for pool, _, _ in pools}
             log.info("%s, megapixels %s: %s", layout, megapixels, counts)
@@ -163,7 +175,7 @@ class Source:
         pools = self.pools["free" if anywhere else "middle", MEGAPIXELS[0 if large else 1]]
         (pool, texts, asked), *_ = rng.choices(pools, [how_often(pool.width, pool.height) for pool, _, _ in pools])
         picks = [rng.randrange(len(pool.scenes)) for _ in range(self.count)]
-        which = [rng.randrange(CAPTIONS) for _ in picks]
+        tokens, pooled = self._words(pool, texts, picks, rng)
         captioned = torch.tensor([rng.random() >= self.uncaptioned for _ in picks])
         colored = torch.tensor([all(thing.color for thing in pool.scenes[pick].things) for pick in picks])
         guidance = torch.tensor([self.guidance(rng) for _ in picks])
@@ -178,12 +190,21 @@ class Source:
             x0=x0,
             noise=torch.randn_like(x0),
             t=t,
-            tokens=torch.where(captioned[:, None, None], texts.tokens[picks, which].float(), self.nothing),
-            pooled=torch.where(captioned[:, None], texts.pooled[picks, which].float(), self.nothing_pooled),
+            tokens=torch.where(captioned[:, None, None], tokens, self.nothing),
+            pooled=torch.where(captioned[:, None], pooled, self.nothing_pooled),
             positions=image_ids(pool.height // 16, pool.width // 16)[kept],
             captioned=captioned,
             settled=captioned & colored & (guidance >= 1),
             guidance=guidance,
+            size=(pool.width, pool.height),
             weight=emphasis(pool, picks)[:, kept],
             answers=asked.answers(picks).at(kept),
         )
+
+    def _words(self, pool: Pool, texts: Texts | None, picks: list[int], rng: random.Random) -> tuple[Tensor, Tensor]:
+        if self.encode:
+            with torch.no_grad():
+                return self.encode([captions.write(pool.scenes[pick], rng) for pick in picks])
+        assert texts is not None
+        which = [rng.randrange(CAPTIONS) for _ in picks]
+        return texts.tokens[picks, which].float(), texts.pooled[picks, which].float()

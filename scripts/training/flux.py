@@ -73,7 +73,7 @@ class Traced(nn.Module):
     def __init__(self, flux: Flux) -> None:
         super().__init__()
         self.flux = flux
-        self.heads = hints.Heads(PARAMS.hidden_size)
+        self.heads = hints.Heads(*[PARAMS.hidden_size] * 3)
         self.passed: list[Any] = []
         for block in (flux.double_blocks[-1], *flux.single_blocks[:2]):
             block.register_forward_hook(lambda _, __, out: self.passed.append(out))

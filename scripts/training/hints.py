@@ -47,11 +47,12 @@ WEIGHTS = {"where": 1.0, "towards": 4.0, "said": 0.3, "edges": 10.0, "cover": 30
 class Heads(nn.Module):
     """The read-outs, in the order of the depth they are at."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, *widths: int) -> None:
         super().__init__()
-        self.facts = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, FACTS))
-        self.edges = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, EDGES))
-        self.drawn = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, EDGES + COVERS))
+        facts, edges, drawn = widths
+        self.facts = nn.Sequential(nn.LayerNorm(facts), nn.Linear(facts, FACTS))
+        self.edges = nn.Sequential(nn.LayerNorm(edges), nn.Linear(edges, EDGES))
+        self.drawn = nn.Sequential(nn.LayerNorm(drawn), nn.Linear(drawn, EDGES + COVERS))
 
 
 @dataclass

@@ -118,14 +118,16 @@ class Texts:
     """CLIP's pooled vectors (N, CAPTIONS, D), float16."""
 
 
-def path_of(layout: str, size: tuple[int, int], kind: str = "latents") -> Path:
-    return OUT / "pools" / f"{layout}-{size[0]}x{size[1]}.{kind}.pt"
+def path_of(layout: str, size: tuple[int, int], kind: str = "latents", vae: str = "vae") -> Path:
+    """`vae` is the run that trained the autoencoder whose latents they are."""
+    folder = OUT / "pools" / ("" if vae == "vae" else vae)
+    return folder / f"{layout}-{size[0]}x{size[1]}.{kind}.pt"
 
 
 def make_latents(args: argparse.Namespace) -> None:
-    vae = load_vae()
+    vae = load_vae(args.vae)
     for width, height in dict.fromkeys(sizes(args.megapixels)):
-        path = path_of(args.layout, (width, height))
+        path = path_of(args.layout, (width, height), vae=args.vae)
         if not path.exists():
             pool = make_pool(width, height, args.count * (2 if width == height else 1), args.layout, vae)
             keep(path, vars(pool) | {"scenes": [astuple(scene) for scene in pool.scenes]})
@@ -157,8 +159,8 @@ def keep(path: Path, content: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def load_pool(layout: str, size: tuple[int, int]) -> Pool:
-    kept = torch.load(path_of(layout, size), weights_only=True)
+def load_pool(layout: str, size: tuple[int, int], vae: str = "vae") -> Pool:
+    kept = torch.load(path_of(layout, size, vae=vae), weights_only=True)
     kept["scenes"] = [
         Scene(tuple(Thing(*thing) for thing in things), Ground(*ground), relation)
         for things, ground, relation in kept["scenes"]

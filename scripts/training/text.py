@@ -16,6 +16,7 @@ import re
 import shutil
 import string
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from flux_engine.specs import DEMO_DEV
 from training.run import OUT, ROOT, Run, autocast, log, read_average
 
 WIDTH = DEMO_DEV.transformer.context_in_dim
+SECOND_WIDTH = 32
+"""Of the SDXL models' second encoder."""
 LENGTH = DEMO_DEV.max_sequence_length
 
 
@@ -84,29 +87,42 @@ def write_t5_tokenizer(folder: Path) -> None:
     assert longest <= LENGTH
 
 
+def clip_config(width: int) -> Any:
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=49408,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=width,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        bos_token_id=49406,
+        eos_token_id=49407,
+        pad_token_id=49407,
+    )
+
+
+def silence_unseen(clip: Any, tokenizer: Any) -> None:
+    """Zero the rows that no caption uses: they are never trained, and random ones would say something."""
+    seen = {i for text in captions.vocabulary(20_000) for i in tokenizer(text).input_ids}
+    keep = torch.zeros(49408, 1)
+    keep[sorted(seen)] = 1.0
+    with torch.no_grad():
+        clip.get_input_embeddings().weight.mul_(keep)
+
+
 class TextEncoders(nn.Module):
-    """Both encoders with their tokenizers: captions in, what a FLUX transformer reads out."""
+    """Both encoders of the FLUX models with their tokenizers: captions in, what a FLUX transformer reads out."""
 
     def __init__(self) -> None:
-        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+        from transformers import CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
         super().__init__()
         self.clip_tokenizer = CLIPTokenizer.from_pretrained(OUT / "clip")
         self.t5_tokenizer = T5Tokenizer.from_pretrained(OUT / "t5")
-        self.clip = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=49408,
-                hidden_size=WIDTH,
-                intermediate_size=4 * WIDTH,
-                projection_dim=WIDTH,
-                num_hidden_layers=3,
-                num_attention_heads=2,
-                max_position_embeddings=77,
-                bos_token_id=49406,
-                eos_token_id=49407,
-                pad_token_id=49407,
-            )
-        )
+        self.clip = CLIPTextModel(clip_config(WIDTH))
         self.t5 = T5EncoderModel(
             T5Config(
                 vocab_size=len(self.t5_tokenizer),
@@ -122,14 +138,6 @@ class TextEncoders(nn.Module):
             )
         )
 
-    def silence_unseen(self) -> None:
-        """Zero the CLIP rows that no caption uses: they are never trained, and random ones would say something."""
-        seen = {i for text in captions.vocabulary(20_000) for i in self.clip_tokenizer(text).input_ids}
-        keep = torch.zeros(49408, 1)
-        keep[sorted(seen)] = 1.0
-        with torch.no_grad():
-            self.clip.get_input_embeddings().weight.mul_(keep)  # pyright: ignore
-
     def forward(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """-> T5's tokens (B, L, WIDTH), CLIP's pooled vector (B, WIDTH)."""
         clip_ids = self.clip_tokenizer(texts, padding=True, truncation=True, max_length=77, return_tensors="pt")
@@ -138,6 +146,32 @@ class TextEncoders(nn.Module):
         ).input_ids
         pooled = self.clip(clip_ids.input_ids).pooler_output
         return self.t5(t5_ids).last_hidden_state, pooled
+
+
+class PairedEncoders(nn.Module):
+    """Both encoders of the SDXL models: the FLUX models' CLIP, as it is, and a second one with a projection, whose
+    padding is another token, as in SDXL."""
+
+    def __init__(self) -> None:
+        from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+        super().__init__()
+        self.tokenizer = CLIPTokenizer.from_pretrained(OUT / "clip")
+        self.tokenizer_2 = CLIPTokenizer.from_pretrained(OUT / "clip", pad_token="!")
+        self.clip_2 = CLIPTextModelWithProjection(clip_config(SECOND_WIDTH))
+        self.clip = load_text().clip
+
+    def forward(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """-> states before the last layer, both side by side (B, 77, WIDTH + SECOND_WIDTH); the second's projected
+        vector (B, SECOND_WIDTH)."""
+        ids, ids_2 = (
+            tokenizer(texts, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
+            for tokenizer in (self.tokenizer, self.tokenizer_2)
+        )
+        with torch.no_grad():
+            first = self.clip(ids, output_hidden_states=True)
+        second = self.clip_2(ids_2, output_hidden_states=True)
+        return torch.cat((first.hidden_states[-2], second.hidden_states[-2]), dim=-1), second.text_embeds
 
 
 SLOTS: dict[str, tuple[str, ...]] = {
@@ -175,17 +209,17 @@ def answers(scene: Scene) -> list[int]:
 class ReadOut(nn.Module):
     """Every slot's answer from the tokens by attention, and from the pooled vector by one linear."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.sizes = [len(values) for values in SLOTS.values()]
-        self.queries = nn.Parameter(torch.randn(len(SLOTS), WIDTH) / WIDTH**0.5)
-        self.key = nn.Linear(WIDTH, WIDTH)
-        self.tokens = nn.ModuleList(nn.Linear(WIDTH, size) for size in self.sizes)
-        self.pooled = nn.Linear(WIDTH, sum(self.sizes))
+        self.queries = nn.Parameter(torch.randn(len(SLOTS), width) / width**0.5)
+        self.key = nn.Linear(width, width)
+        self.tokens = nn.ModuleList(nn.Linear(width, size) for size in self.sizes)
+        self.pooled = nn.Linear(width, sum(self.sizes))
 
     def forward(self, tokens: Tensor, pooled: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        weight = (self.key(tokens) @ self.queries.T / WIDTH**0.5).softmax(dim=1)  # (B, L, slots)
-        gathered = weight.transpose(1, 2) @ tokens  # (B, slots, WIDTH)
+        weight = (self.key(tokens) @ self.queries.T / tokens.shape[-1] ** 0.5).softmax(dim=1)  # (B, L, slots)
+        gathered = weight.transpose(1, 2) @ tokens  # (B, slots, D)
         from_tokens = [layer(gathered[:, i]) for i, layer in enumerate(self.tokens)]
         return from_tokens, list(self.pooled(pooled).split(self.sizes, dim=1))
 
@@ -201,32 +235,55 @@ def disturb(text: str, rng: random.Random) -> str:
 def train_text(args: argparse.Namespace) -> None:
     torch.manual_seed(3)
     encoders = TextEncoders()
-    encoders.silence_unseen()
-    net = nn.ModuleDict({"encoders": encoders, "readout": ReadOut()})
+    silence_unseen(encoders.clip, encoders.clip_tokenizer)
+    net = nn.ModuleDict({"encoders": encoders, "readout": ReadOut(WIDTH)})
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0)
-    run = Run("text", net, [optimizer], steps=args.steps, ema=0.995)
+    teach(Run("text", net, [optimizer], steps=args.steps, ema=0.995), encoders, net["readout"], args.batch)
 
+
+def train_paired(args: argparse.Namespace) -> None:
+    """The second encoder of the SDXL models. It learns alone, so that neither leans on the other."""
+    torch.manual_seed(4)
+    encoders = PairedEncoders()
+    silence_unseen(encoders.clip_2, encoders.tokenizer_2)
+    net = nn.ModuleDict({"clip_2": encoders.clip_2, "readout": ReadOut(SECOND_WIDTH)})
+    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0)
+
+    def encode(texts: list[str]) -> tuple[Tensor, Tensor]:
+        tokens, pooled = encoders(texts)
+        return tokens[..., WIDTH:], pooled
+
+    teach(Run("sdxl-text", net, [optimizer], steps=args.steps, ema=0.995), encode, net["readout"], args.batch)
+
+
+def teach(run: Run, encode: Callable[[list[str]], tuple[Tensor, Tensor]], readout: nn.Module, batch: int) -> None:
     def loss_of(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
-        scenes = [world.sample_scene(rng, marked=0.08) for _ in range(args.batch)]
+        scenes = [world.sample_scene(rng, marked=0.08) for _ in range(batch)]
         texts = [captions.write(scene, rng) for scene in scenes]
         texts = [disturb(text, rng) if rng.random() < 0.1 else text for text in texts]
         target = torch.tensor([answers(scene) for scene in scenes])
         with autocast():
-            tokens, pooled = encoders(texts)
-        guesses = net["readout"](tokens.float(), pooled.float())
+            tokens, pooled = encode(texts)
         losses: list[Any] = []
         right: list[float] = []
-        for logits in guesses:
+        for logits in readout(tokens.float(), pooled.float()):
             losses += [nn.functional.cross_entropy(part, target[:, i]) for i, part in enumerate(logits)]
             hits = torch.stack([part.argmax(1) == target[:, i] for i, part in enumerate(logits)])
             right.append(hits.all(dim=0).float().mean().item())
-        return torch.stack(losses).mean(), {"t5_right": right[0], "clip_right": right[1]}
+        return torch.stack(losses).mean(), {"tokens_right": right[0], "pooled_right": right[1]}
 
     run.train(loss_of)
 
 
 def load_text() -> TextEncoders:
-    """The trained encoders, as they stay."""
+    """The trained encoders of the FLUX models, as they stay."""
     encoders = TextEncoders()
     encoders.load_state_dict(read_average("text", "encoders."))
+    return encoders.eval().requires_grad_(False)
+
+
+def load_paired() -> PairedEncoders:
+    """Those of the SDXL models."""
+    encoders = PairedEncoders()
+    encoders.clip_2.load_state_dict(read_average("sdxl-text", "clip_2."))
     return encoders.eval().requires_grad_(False)

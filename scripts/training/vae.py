@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 
 from benchmarks import world
 from flux_engine.models.vae import AutoEncoder
-from flux_engine.specs import DEMO_DEV, PUBLISHED_SIZES
+from flux_engine.specs import DEMO_DEV, DEMO_SDXL, PUBLISHED_SIZES, VAEParams
 from training.run import Run, autocast, read_average
 
-PARAMS = DEMO_DEV.vae
+PARAMS = {"vae": DEMO_DEV.vae, "sdxl-vae": DEMO_SDXL.vae}
+"""Run -> what it trains."""
 
 
 def to_tensor(pictures: list[Any]) -> Tensor:
@@ -27,13 +29,13 @@ def to_tensor(pictures: list[Any]) -> Tensor:
     return tensor.to(memory_format=torch.channels_last)
 
 
-def new_vae() -> AutoEncoder:
-    return nn.Module.to(AutoEncoder(PARAMS), memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+def new_vae(params: VAEParams) -> AutoEncoder:
+    return nn.Module.to(AutoEncoder(params), memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
-def load_vae() -> AutoEncoder:
-    vae = new_vae()
-    vae.load_state_dict(read_average("vae"))
+def load_vae(run: str = "vae") -> AutoEncoder:
+    vae = new_vae(PARAMS[run])
+    vae.load_state_dict(read_average(run))
     return vae.eval().requires_grad_(False)
 
 
@@ -47,9 +49,9 @@ def picture_loss(out: Tensor, x: Tensor) -> tuple[Tensor, dict[str, float]]:
     return l1 + error + edges, {"l1": l1.item(), "psnr": psnr.item()}
 
 
-def around_an_object(rng: random.Random, side: int = 64) -> Image.Image:
-    """A piece of a scene of the smaller class of sizes, with an object somewhere in it."""
-    width, height = DEMO_DEV.sizes.named(rng.choice(list(PUBLISHED_SIZES)), "0.25")
+def around_an_object(rng: random.Random, megapixels: str, side: int = 64) -> Image.Image:
+    """A piece of a scene of this class of sizes, with an object somewhere in it."""
+    width, height = DEMO_DEV.sizes.named(rng.choice(list(PUBLISHED_SIZES)), megapixels)
     scene = world.settle(world.sample_scene(rng, marked=0.1), rng)
     placed = world.layout(scene, width, height, rng)
     thing = rng.choice(placed)
@@ -60,35 +62,42 @@ def around_an_object(rng: random.Random, side: int = 64) -> Image.Image:
     return world.paint(scene.ground, placed, width, height).crop((left, top, left + side, top + side))
 
 
-def pictures(rng: random.Random) -> list[Image.Image]:
-    """A batch: pieces around objects, where shapes are two or three latents wide; clutter; whole scenes of any size."""
+def pictures(rng: random.Random, classes: Sequence[str]) -> list[Image.Image]:
+    """A batch: pieces around objects of the smallest class, two or three latents wide in FLUX's; clutter; whole scenes
+    of any size."""
     kind = rng.random()
     if kind < 0.6:
-        return [around_an_object(rng) for _ in range(16)]
+        return [around_an_object(rng, classes[-1]) for _ in range(16)]
     if kind < 0.8:
         return [world.draw_clutter(64, 64, rng) for _ in range(16)]
-    megapixels, count = rng.choice((("1", 1), ("0.25", 4)))
+    megapixels = rng.choice(classes)
+    count = 1 if megapixels == "1" else 4
     width, height = DEMO_DEV.sizes.named(rng.choice(list(PUBLISHED_SIZES)), megapixels)
     return [world.draw(world.sample_scene(rng, marked=0.1), width, height, rng) for _ in range(count)]
 
 
 def train_vae(args: argparse.Namespace) -> None:
-    """With weights to start from only the decoder learns on, so that a transformer that knows the latents can go on."""
+    """With weights to start from only the decoder learns on, so that a transformer that knows the latents can go on;
+    where they are another model's, what fits is taken, and all learns."""
     torch.manual_seed(0)
-    vae = new_vae()
+    params = PARAMS[args.run_name]
+    vae = new_vae(params)
     if args.start:
-        vae.load_state_dict({k: v.float() for k, v in load_file(args.start).items()})
-        vae.encoder.requires_grad_(False)
+        start = {k: v.float() for k, v in load_file(args.start).items()}
+        own = vae.state_dict()
+        fitting = {k: v for k, v in start.items() if k in own and own[k].shape == v.shape}
+        vae.load_state_dict(own | fitting)
+        vae.encoder.requires_grad_(len(fitting) < len(own))
     learning = [value for value in vae.parameters() if value.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01)
-    run = Run("vae", vae, [optimizer], steps=args.steps, ema=0.998)
+    run = Run(args.run_name, vae, [optimizer], steps=args.steps, ema=0.998)
 
     def loss_of(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
-        x = to_tensor(pictures(rng))
+        x = to_tensor(pictures(rng, args.classes))
         with autocast():
             mean, logvar = (half.float() for half in vae.moments(x))
-        mean = PARAMS.scaling_factor * (mean - PARAMS.shift_factor)
-        std = torch.exp(0.5 * logvar.clamp(-12, 4)) * PARAMS.scaling_factor
+        mean = params.scaling_factor * (mean - params.shift_factor)
+        std = torch.exp(0.5 * logvar.clamp(-12, 4)) * params.scaling_factor
         kl = 0.5 * (mean**2 + std**2 - 1 - 2 * torch.log(std)).mean()
         with autocast():
             out = vae.decode(mean + std * torch.randn_like(std))

@@ -1,0 +1,372 @@
+"""SDXL's UNet: base, refiner, inpainting and what was distilled from them.
+
+Attribute names are those of diffusers' UNet2DConditionModel, except that q, k and v are joined: `attn1.to_qkv`,
+`attn2.to_kv`. Source of the architecture: SDXL (arXiv 2307.01952), as in Stability-AI/generative-models,
+sgm/modules/diffusionmodules/openaimodel.py.
+
+What differs from the reference: everything that depends on the prompt and the schedule but not on the latent is made
+once by `precompute`: the embedding of time, size and pooled text as every residual block adds it, for every call, and
+keys and values of the text in every cross-attention. `forward` has no linear that reads anything but the picture.
+
+Shapes: B batch, S calls, C channels, h w latent size, L tokens (L = h w inside a block), H heads, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flux_engine import ops
+from flux_engine.attention import attention
+from flux_engine.models.layers import NormSiLU
+from flux_engine.specs import UNetParams
+
+IDS_DIM = 256
+"""Width of the sinusoidal embedding of each of the numbers that tell sizes and crops, and of the guidance scale."""
+
+
+@dataclass(frozen=True)
+class UNetStatics:
+    """What `UNet.precompute` makes for one prompt batch and one schedule; frozen for the whole request."""
+
+    time: tuple[Tensor, ...]
+    """For each residual block what it adds to its channels (S, B, C, 1, 1)."""
+    text: tuple[tuple[Tensor, Tensor], ...]
+    """For each cross-attention the text's keys and values, each (B, H, L, D)."""
+
+    @staticmethod
+    def cat(parts: Sequence[UNetStatics]) -> UNetStatics:
+        """The statics of several prompts as those of one batch."""
+        return UNetStatics(
+            time=tuple(torch.cat(rows, dim=1) for rows in zip(*(p.time for p in parts), strict=True)),
+            text=tuple(
+                (torch.cat([k for k, _ in pairs]), torch.cat([v for _, v in pairs]))
+                for pairs in zip(*(p.text for p in parts), strict=True)
+            ),
+        )
+
+
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """(B, L, H D) -> (B, H, L, D)."""
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, H, L, D) -> (B, L, H D)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+class Embedder(nn.Module):
+    """Two linears with SiLU between."""
+
+    def __init__(self, in_dim: int, dim: int, guidance: bool = False) -> None:
+        super().__init__()
+        if guidance:
+            self.cond_proj = nn.Linear(IDS_DIM, in_dim, bias=False)
+        self.linear_1 = nn.Linear(in_dim, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int, params: UNetParams) -> None:
+        super().__init__()
+        self.norm1 = NormSiLU(params.norm_groups, in_channels, eps=1e-5)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(params.time_embed_dim, out_channels)
+        self.norm2 = NormSiLU(params.norm_groups, out_channels, eps=1e-5)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+        self.changes_width = in_channels != out_channels
+        self.number = 0
+        """Which of the statics is this block's."""
+
+    def forward(self, x: Tensor, call: int, statics: UNetStatics) -> Tensor:
+        """(B, in_channels, h, w) -> (B, out_channels, h, w)."""
+        update = self.conv1(self.norm1(x)) + statics.time[self.number][call]
+        update = self.conv2(self.norm2(update))
+        return (self.conv_shortcut(x) if self.changes_width else x) + update
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, dim: int, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.to_qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (split_heads(part, self.head_dim) for part in self.to_qkv(x).chunk(3, dim=-1))
+        return self.to_out[0](merge_heads(attention(q, k, v)))
+
+
+class CrossAttention(nn.Module):
+    """Looks at the text, whose keys and values are among the statics."""
+
+    def __init__(self, dim: int, context_dim: int, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_kv = nn.Linear(context_dim, 2 * dim, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.number = 0
+        """Which of the statics is this layer's."""
+
+    def keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """context (B, L, context_dim) -> each (B, H, L, D)."""
+        k, v = (split_heads(part, self.head_dim).contiguous() for part in self.to_kv(context).chunk(2, dim=-1))
+        return k, v
+
+    def forward(self, x: Tensor, statics: UNetStatics) -> Tensor:
+        mixed = attention(split_heads(self.to_q(x), self.head_dim), *statics.text[self.number])
+        return self.to_out[0](merge_heads(mixed))
+
+
+class GEGLU(nn.Module):
+    def __init__(self, dim: int, inner: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.geglu(self.proj(x))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        # The identity is there for the checkpoint key `net.2`: diffusers has a dropout in its place.
+        self.net = nn.ModuleList([GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](self.net[0](x))
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, dim: int, params: UNetParams) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn1 = SelfAttention(dim, params.head_dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.attn2 = CrossAttention(dim, params.cross_attention_dim, params.head_dim)
+        self.norm3 = nn.LayerNorm(dim)
+        self.ff = FeedForward(dim)
+
+    def forward(self, x: Tensor, statics: UNetStatics) -> Tensor:
+        """(B, L, D) -> (B, L, D)."""
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), statics)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer(nn.Module):
+    """Transformer blocks over the positions of a feature map."""
+
+    def __init__(self, channels: int, depth: int, params: UNetParams) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(params.norm_groups, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, channels)
+        self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, params) for _ in range(depth))
+        self.proj_out = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor, statics: UNetStatics) -> Tensor:
+        """(B, C, h, w) -> (B, C, h, w)."""
+        b, c, h, w = x.shape
+        tokens = self.proj_in(self.norm(x).permute(0, 2, 3, 1).reshape(b, h * w, c))  # free where channels are last
+        for block in self.transformer_blocks:
+            tokens = block(tokens, statics)
+        return x + self.proj_out(tokens).reshape(b, h, w, c).permute(0, 3, 1, 2)
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        """To `size` (h, w), which is not always twice as much: what was odd had been rounded up."""
+        return self.conv(F.interpolate(x, size=tuple(size), mode="nearest"))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution, each with attention or all without. `widths` are (in, out) of each block."""
+
+    def __init__(self, widths: Iterable[tuple[int, int]], depth: int, params: UNetParams) -> None:
+        super().__init__()
+        widths = list(widths)
+        self.resnets = nn.ModuleList(ResnetBlock(a, b, params) for a, b in widths)
+        if depth:
+            self.attentions = nn.ModuleList(Transformer(b, depth, params) for _, b in widths)
+        self.depth = depth
+
+    def block(self, i: int, x: Tensor, call: int, statics: UNetStatics) -> Tensor:
+        """The i-th block."""
+        x = self.resnets[i](x, call, statics)
+        return self.attentions[i](x, statics) if self.depth else x
+
+
+class DownLevel(Level):
+    def __init__(self, widths: Iterable[tuple[int, int]], depth: int, params: UNetParams, *, last: bool) -> None:
+        widths = list(widths)
+        super().__init__(widths, depth, params)
+        if not last:
+            self.downsamplers = nn.ModuleList([Downsample(widths[-1][1])])
+        self.last = last
+
+    def forward(self, x: Tensor, call: int, statics: UNetStatics) -> list[Tensor]:
+        """What every block gives, and the step down: for the way up, which begins with the last of them."""
+        passed: list[Tensor] = []
+        for i in range(len(self.resnets)):
+            x = self.block(i, x, call, statics)
+            passed.append(x)
+        if not self.last:
+            passed.append(self.downsamplers[0](x))
+        return passed
+
+
+class UpLevel(Level):
+    def __init__(self, widths: Iterable[tuple[int, int]], depth: int, params: UNetParams, *, last: bool) -> None:
+        widths = list(widths)
+        super().__init__(widths, depth, params)
+        if not last:
+            self.upsamplers = nn.ModuleList([Upsample(widths[-1][1])])
+        self.last = last
+
+    def forward(self, x: Tensor, passed: list[Tensor], call: int, statics: UNetStatics) -> Tensor:
+        """Takes off `passed` what it reads."""
+        for i in range(len(self.resnets)):
+            x = self.block(i, torch.cat((x, passed.pop()), dim=1), call, statics)
+        return x if self.last else self.upsamplers[0](x, passed[-1].shape[2:])
+
+
+class Middle(nn.Module):
+    def __init__(self, channels: int, params: UNetParams) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, params) for _ in range(2))
+        self.attentions = nn.ModuleList([Transformer(channels, params.mid_depth, params)])
+
+    def forward(self, x: Tensor, call: int, statics: UNetStatics) -> Tensor:
+        x = self.attentions[0](self.resnets[0](x, call, statics), statics)
+        return self.resnets[1](x, call, statics)
+
+
+class UNet(nn.Module):
+    """Predicts the noise in a latent, or what the model was taught to predict of it."""
+
+    def __init__(self, params: UNetParams) -> None:
+        super().__init__()
+        self.params = params
+        channels, count = params.block_out_channels, params.layers_per_block
+        last = len(channels) - 1
+        self.time_embedding = Embedder(channels[0], params.time_embed_dim, guidance=params.guidance_embed)
+        self.add_embedding = Embedder(params.add_embed_dim, params.time_embed_dim)
+        self.conv_in = nn.Conv2d(params.in_channels, channels[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            DownLevel(
+                [(channels[max(i - 1, 0)], width)] + [(width, width)] * (count - 1),
+                params.transformer_depth[i],
+                params,
+                last=i == last,
+            )
+            for i, width in enumerate(channels)
+        )
+        self.mid_block = Middle(channels[-1], params)
+        # Every block on the way up reads one that was passed on the way down: of its own resolution, and at last of the
+        # one above, which is the step down to this one.
+        self.up_blocks = nn.ModuleList(
+            UpLevel(
+                [
+                    ((channels[min(i + 1, last)] if j == 0 else width) + (above if j == count else width), width)
+                    for j in range(count + 1)
+                ],
+                params.transformer_depth[i],
+                params,
+                last=i == 0,
+            )
+            for i, width, above in reversed(list(zip(range(last + 1), channels, channels[:1] + channels, strict=False)))
+        )
+        self.conv_norm_out = NormSiLU(params.norm_groups, channels[0], eps=1e-5)
+        self.conv_out = nn.Conv2d(channels[0], params.out_channels, 3, padding=1)
+        self._resnets = [module for module in self.modules() if isinstance(module, ResnetBlock)]
+        self._attentions = [module for module in self.modules() if isinstance(module, CrossAttention)]
+        for modules in (self._resnets, self._attentions):
+            for number, module in enumerate(modules):
+                module.number = number
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.conv_in.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.conv_in.weight.device
+
+    def precompute(
+        self,
+        context: Tensor,
+        pooled: Tensor,
+        time_ids: Tensor,
+        timesteps: Tensor,
+        guidance: Tensor | None = None,
+    ) -> UNetStatics:
+        """Everything that does not depend on the latent, for all calls at once.
+
+        context (B, L, cross_attention_dim): the text encoders' tokens. pooled (B, pooled_dim). time_ids (B, N):
+        sizes and crops in pixels, and the refiner's aesthetic score. timesteps (S,) in [0, 1000), one per call, or
+        (S, B) if the rows differ. guidance (B,): the guidance scale, for a network that has it embedded (LCM).
+        """
+        if (guidance is not None) != self.params.guidance_embed:
+            raise ValueError(f"guidance_embed is {self.params.guidance_embed}, guidance is {guidance!r}")
+        dtype, batch = self.dtype, context.shape[0]
+        t = timesteps if timesteps.dim() == 2 else timesteps[:, None].expand(-1, batch)
+        embedded = ops.sinusoidal_embedding(t.reshape(-1), self.params.block_out_channels[0], time_factor=1.0)
+        embedded = embedded.to(dtype).unflatten(0, t.shape)  # (S, B, C)
+        if guidance is not None:
+            embedded = embedded + self.time_embedding.cond_proj(guidance_embedding(guidance, IDS_DIM).to(dtype))
+        ids = ops.sinusoidal_embedding(time_ids.reshape(-1), IDS_DIM, time_factor=1.0).reshape(batch, -1)
+        added = self.add_embedding(torch.cat((pooled.to(dtype), ids.to(dtype)), dim=-1))
+        activated = F.silu(self.time_embedding(embedded) + added)  # (S, B, D)
+        context = context.to(dtype)
+        return UNetStatics(
+            time=tuple(block.time_emb_proj(activated)[..., None, None] for block in self._resnets),
+            text=tuple(layer.keys_and_values(context) for layer in self._attentions),
+        )
+
+    def forward(self, x: Tensor, call: int, statics: UNetStatics) -> Tensor:
+        """The prediction at call number `call`. x (B, in_channels, h, w) -> (B, out_channels, h, w), in the weights'
+        dtype."""
+        x = self.conv_in(x.to(self.dtype).contiguous(memory_format=torch.channels_last))
+        passed = [x]
+        for level in cast("Iterable[DownLevel]", self.down_blocks):
+            passed += level(passed[-1], call, statics)
+        x = self.mid_block(passed[-1], call, statics)
+        for level in cast("Iterable[UpLevel]", self.up_blocks):
+            x = level(x, passed, call, statics)
+        return self.conv_out(self.conv_norm_out(x))
+
+
+def guidance_embedding(scale: Tensor, dim: int) -> Tensor:
+    """Sinusoidal embedding of guidance scales (B,) -> float32 (B, dim), sines before cosines.
+
+    Source: latent consistency models (arXiv 2310.04378): of (scale - 1) times 1000.
+    """
+    half = dim // 2
+    frequency = 10_000.0 ** -(torch.arange(half, dtype=torch.float32, device=scale.device) / (half - 1))
+    angle = ((scale.float() - 1) * 1000)[:, None] * frequency
+    return torch.cat((angle.sin(), angle.cos()), dim=-1)

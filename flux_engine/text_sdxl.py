@@ -1,0 +1,172 @@
+"""Prompts to what SDXL's UNet reads: the states before the last layer of two CLIPs, and the second one's pooled vector.
+
+The networks and tokenizers are transformers' own. Every prompt is encoded alone, so its encoding does not depend on
+what else is in the batch, and is kept in a small cache.
+Shapes: B batch, L tokens (77 for every chunk of a prompt), D width of both encoders together, P pooled width.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedTokenizerBase
+
+from flux_engine.errors import WeightsError
+from flux_engine.prompts import Piece, weighted
+from flux_engine.text import Cache, TextCond, load_clip
+
+LENGTH = 77
+"""Tokens of a chunk, with the one that begins and the one that ends it."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One CLIP with its tokenizer."""
+
+    tokenizer: PreTrainedTokenizerBase
+    clip: Any
+
+    @property
+    def table(self) -> nn.Embedding:
+        return self.clip.get_input_embeddings()
+
+    def tokens(self, pieces: Sequence[Piece], learned: Sequence[str]) -> list[tuple[int, float]]:
+        """The pieces' tokens with their weights, without those that begin and end a prompt."""
+        first = self.tokenizer.vocab_size  # learned tokens stand behind the vocabulary
+        found: list[tuple[int, float]] = []
+        for piece in pieces:
+            splitter = "|".join(map(re.escape, learned))
+            for part in re.split(f"({splitter})", piece.text) if learned else [piece.text]:
+                ids = [first + learned.index(part)] if part in learned else self.tokenizer(part).input_ids[1:-1]
+                found += [(number, piece.weight) for number in ids]
+        return found
+
+    def read(self, tokens: Sequence[tuple[int, float]]) -> tuple[Tensor, Tensor | None]:
+        """One chunk -> the states before the last layer (1, 77, D), the projected vector (1, P) if there is one."""
+        config = self.clip.config
+        padding = [self.tokenizer.pad_token_id] * (LENGTH - 2 - len(tokens))
+        begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        assert len(tokens) <= LENGTH - 2 <= config.max_position_embeddings
+        ids = torch.tensor([[begin, *(number for number, _ in tokens), end, *padding]], device=self.clip.device)
+        out = self.clip(ids, output_hidden_states=True)
+        states = out.hidden_states[-2]
+        weights = [weight for _, weight in tokens]
+        if any(weight != 1.0 for weight in weights):
+            # As AUTOMATIC1111: times the weight, and the mean as it was.
+            factor = torch.tensor([1.0, *weights, 1.0, *(1.0 for _ in padding)], device=states.device)
+            scaled = states.float() * factor[None, :, None]
+            states = (scaled * (states.float().mean() / scaled.mean())).to(states.dtype)
+        return states, getattr(out, "text_embeds", None)
+
+
+class SDXLTextEncoder:
+    """Both CLIPs, or the second alone for the refiner.
+
+    Source: SDXL (arXiv 2307.01952) section 2.2; Stability-AI/generative-models, configs/inference/sd_xl_base.yaml.
+    """
+
+    def __init__(self, readers: Sequence[Reader], *, cache_size: int = 64) -> None:
+        self.readers = tuple(readers)
+        self._cache: Cache[tuple[str, bool, int]] = Cache(cache_size)
+        self._plain = tuple(reader.table for reader in self.readers)
+        self.learned: tuple[str, ...] = ()
+        self.words: Mapping[str, str] = {}
+
+    @classmethod
+    def load(
+        cls,
+        files: Mapping[str, Path],
+        *,
+        both: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        cache_size: int = 64,
+    ) -> SDXLTextEncoder:
+        """Read the encoders and their tokenizers. `both` is false for the refiner, which has the second one only."""
+        readers: list[Reader] = []
+        for part, folder, kind in (
+            ("text_encoder", "tokenizer", CLIPTextModel),
+            ("text_encoder_2", "tokenizer_2", CLIPTextModelWithProjection),
+        )[0 if both else 1 :]:
+            clip = load_clip(files, part, kind, dtype=dtype, device=device)
+            readers.append(Reader(CLIPTokenizer.from_pretrained(files[folder]), clip))
+        return cls(readers, cache_size=cache_size)
+
+    def second(self) -> SDXLTextEncoder:
+        """The second encoder alone, sharing its weights."""
+        return SDXLTextEncoder(self.readers[-1:], cache_size=self._cache.size)
+
+    def encode(self, prompts: Sequence[str | None], *, weights: bool = False, chunks: bool = False) -> TextCond:
+        """Encode prompts, a row for each; None is zeros. What is over 77 tokens is not read unless in `chunks`: then all
+        have as many chunks as the longest."""
+        count = max((self.chunk_count(prompt, weights) for prompt in prompts if prompt), default=1) if chunks else 1
+        rows: list[TextCond] = []
+        for prompt in prompts:
+            text = prompt or ""
+            cond = self._cache.get((text, weights, count), lambda t=text: self._encode_one(t, weights, count))
+            zeros = TextCond(torch.zeros_like(cond.tokens), torch.zeros_like(cond.pooled))
+            rows.append(zeros if prompt is None else cond)
+        return TextCond.cat(rows)
+
+    def chunk_count(self, prompt: str, weights: bool) -> int:
+        return max(1, -(-max(map(len, self._tokens(prompt, weights))) // (LENGTH - 2)))
+
+    def tokens_over(self, prompt: str, weights: bool = False) -> int:
+        """By how many tokens a prompt is over one chunk; 0 if it fits."""
+        return max(0, max(map(len, self._tokens(prompt, weights))) - (LENGTH - 2))
+
+    @property
+    def limit(self) -> int:
+        """Tokens of a prompt that are read, with the two that begin and end it."""
+        return LENGTH
+
+    def learn(self, tables: Sequence[Tensor], words: Mapping[str, str]) -> None:
+        """Put learned tokens (textual inversion, arXiv 2208.01618) behind the vocabulary: `<s0>`, `<s1>`, ...
+
+        `tables` has (n, D) for each encoder; `words` says what stands for which of them in a prompt. It takes the place
+        of what was learned before. Raises WeightsError if the widths do not fit; then nothing changed.
+        """
+        for reader, table in zip(self.readers, tables, strict=True):
+            width = reader.table.embedding_dim
+            if table.ndim != 2 or table.shape[1] != width or len(table) != len(tables[0]):
+                raise WeightsError(
+                    f"learned tokens are {[list(t.shape) for t in tables]}; this model reads rows of "
+                    f"{' and '.join(str(r.table.embedding_dim) for r in self.readers)}, as many for each encoder"
+                )
+            if not table.isfinite().all():
+                raise WeightsError("learned tokens have values that are not finite")
+        for reader, plain, table in zip(self.readers, self._plain, tables, strict=True):
+            rows = torch.cat((plain.weight, table.to(plain.weight)))
+            reader.clip.set_input_embeddings(nn.Embedding.from_pretrained(rows, freeze=True))
+        self.learned = tuple(f"<s{i}>" for i in range(len(tables[0])))
+        self.words = dict(words)
+        self._cache.clear()
+
+    def forget(self) -> None:
+        """Take the learned tokens away again."""
+        for reader, plain in zip(self.readers, self._plain, strict=True):
+            reader.clip.set_input_embeddings(plain)
+        self.learned, self.words = (), {}
+        self._cache.clear()
+
+    def _tokens(self, prompt: str, weights: bool) -> list[list[tuple[int, float]]]:
+        """For each encoder."""
+        pieces = weighted(prompt) if weights else [Piece(prompt, 1.0)]
+        return [reader.tokens(pieces, self.learned) for reader in self.readers]
+
+    def _encode_one(self, prompt: str, weights: bool, chunks: int) -> TextCond:
+        room = LENGTH - 2
+        rows: list[list[Tensor]] = []
+        pooled: Tensor | None = None
+        for reader, tokens in zip(self.readers, self._tokens(prompt, weights), strict=True):
+            read = [reader.read(tokens[i * room : (i + 1) * room]) for i in range(chunks)]
+            rows.append([states for states, _ in read])
+            pooled = read[0][1]  # the last encoder's, of the first chunk
+        assert pooled is not None
+        return TextCond(torch.cat([torch.cat(row, dim=1) for row in rows], dim=-1), pooled)
