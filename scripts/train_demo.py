@@ -79,6 +79,7 @@ def main() -> None:
         command.add_argument("--large", type=float, default=0.35, help="share of batches at the full megapixel")
         if "base" in name:
             command.add_argument("--start", type=Path, help="weights to start from, a safetensors file")
+            command.add_argument("--free", type=float, default=0.1, help="share of pictures whose objects are anywhere")
         if name == "base":
             command.add_argument("--thin", type=float, default=0.8, help="share of those with half of their tokens")
 

@@ -76,5 +76,7 @@ def family(spec: SDXLSpec = BASE) -> SDXLFamily:
     net, vae = UNet(spec.unet), AutoEncoder(spec.vae)
     randomise(net, 1)
     randomise(vae, 2)
+    if spec.aesthetic_score:  # to matter where there is hardly any noise left
+        net.conv_out.weight.mul_(4)
     text = text_encoder()
     return SDXLFamily(spec, channels_last(net), channels_last(vae), text.second() if spec.aesthetic_score else text)

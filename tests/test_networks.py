@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from conftest import randomise, relative_error
-from diffusers import AutoencoderKL, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FluxTransformer2DModel, StableDiffusionXLPipeline, UNet2DConditionModel
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux_engine.checkpoints import export
 from flux_engine.families import image_ids, patchify, unpatchify
 from flux_engine.models.flux import Flux
+from flux_engine.models.unet import UNet
 from flux_engine.models.vae import AutoEncoder
 from flux_engine.schedulers import flow_match_euler
-from flux_engine.specs import FLUX_DEV, FluxParams, VAEParams
+from flux_engine.specs import FLUX_DEV, FluxParams, UNetParams, VAEParams
 
 TOLERANCE = 1e-5
 
@@ -199,3 +203,100 @@ def test_a_step_never_waits_for_the_device() -> None:
     assert x.isfinite().all()
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoSync():
         x.sum().item()  # the test bites
+
+
+NARROW = {"cross_attention_dim": 40, "head_dim": 16, "norm_groups": 16}
+UNETS = {
+    "base": UNetParams(block_out_channels=(32, 64, 96), transformer_depth=(0, 1, 2), mid_depth=2,
+                       add_embed_dim=24 + 6 * 256, **NARROW),
+    "refiner": UNetParams(block_out_channels=(48, 96, 128, 128), transformer_depth=(0, 1, 1, 0), mid_depth=1,
+                          add_embed_dim=24 + 5 * 256, **NARROW),
+    "inpainting": UNetParams(block_out_channels=(32, 64), transformer_depth=(1, 1), mid_depth=1, in_channels=9,
+                             add_embed_dim=24 + 6 * 256, **NARROW),
+    "LCM": UNetParams(block_out_channels=(32, 64), transformer_depth=(0, 1), mid_depth=1, guidance_embed=True,
+                      add_embed_dim=24 + 6 * 256, **NARROW),
+}  # fmt: skip
+
+
+def unet_pair(params: UNetParams) -> tuple[UNet, UNet2DConditionModel]:
+    torch.manual_seed(0)
+    ours = UNet(params)
+    randomise(ours, 1)
+    config = export.unet_config(params)
+    del config["_class_name"]
+    theirs = UNet2DConditionModel(**config)
+    theirs.load_state_dict(export.unet_tensors(ours), strict=True)
+    return ours, theirs.eval()
+
+
+@pytest.mark.parametrize("name", UNETS)
+@pytest.mark.parametrize("size", [(8, 16), (7, 5)], ids=["even", "odd"])
+def test_unet_agrees_with_diffusers(name: str, size: tuple[int, int]) -> None:
+    params = UNETS[name]
+    ours, theirs = unet_pair(params)
+    torch.manual_seed(2)
+    x, context, pooled = torch.randn(2, params.in_channels, *size), torch.randn(2, 7, 40), torch.randn(2, 24)
+    ids = torch.randint(0, 1500, (2, (params.add_embed_dim - 24) // 256)).float()
+    guidance = torch.tensor([8.0, 1.5]) if params.guidance_embed else None
+    times = torch.tensor([999.0, 480.5, 1.0])
+    with torch.inference_mode():
+        statics = ours.precompute(context, pooled, ids, times, guidance)
+        for call, t in enumerate(times):
+            told = {"text_embeds": pooled, "time_ids": ids}
+            embedded = None if guidance is None else get_guidance_scale_embedding(guidance - 1)
+            reference = theirs(x, t, context, timestep_cond=embedded, added_cond_kwargs=told).sample
+            assert relative_error(ours(x, call, statics), reference) <= TOLERANCE
+
+
+def get_guidance_scale_embedding(w: torch.Tensor) -> torch.Tensor:
+    """diffusers' own, which is a method of its pipeline."""
+    return StableDiffusionXLPipeline.get_guidance_scale_embedding(None, w, embedding_dim=256)  # pyright: ignore
+
+
+def test_every_input_of_the_unet_matters() -> None:
+    params = UNETS["LCM"]
+    ours, _ = unet_pair(params)
+    torch.manual_seed(2)
+    inputs = {
+        "context": torch.randn(1, 7, 40), "pooled": torch.randn(1, 24), "time_ids": torch.full((1, 6), 256.0),
+        "timesteps": torch.tensor([500.0]), "guidance": torch.tensor([8.0]),
+    }  # fmt: skip
+    x = torch.randn(1, 4, 8, 8)
+
+    def out(**changed: torch.Tensor) -> torch.Tensor:
+        return ours(x, 0, ours.precompute(**(inputs | changed)))
+
+    with torch.inference_mode():
+        for name, value in inputs.items():
+            assert relative_error(out(**{name: value * 0.5}), out()) >= 1e-2, name
+
+
+def test_linears_of_an_sdxl_call() -> None:
+    """At SDXL's full depth: 70 blocks of 6, and 11 transformers of 2. Nothing that depends on time, size or text."""
+    params = UNetParams(
+        block_out_channels=(16, 32, 64), cross_attention_dim=8, head_dim=16, norm_groups=8, add_embed_dim=6 * 256 + 8
+    )
+    ours, theirs = unet_pair(params)
+    context, pooled, ids = torch.randn(1, 3, 8), torch.randn(1, 8), torch.zeros(1, 6)
+    x, t = torch.randn(1, 4, 4, 4), torch.tensor([500.0])
+    with torch.inference_mode():
+        statics = ours.precompute(context, pooled, ids, t)
+        mine = linears(ours, lambda: ours(x, 0, statics))
+        told = {"text_embeds": pooled, "time_ids": ids}
+        reference = linears(theirs, lambda: theirs(x, t, context, added_cond_kwargs=told))
+    assert (mine, reference) == (442, 743)
+
+
+def linears(network: nn.Module, call: Callable[[], object]) -> int:
+    """How many linears a call runs."""
+    count = 0
+
+    def seen(*_: object) -> None:
+        nonlocal count
+        count += 1
+
+    handles = [m.register_forward_hook(seen) for m in network.modules() if isinstance(m, nn.Linear)]
+    call()
+    for handle in handles:
+        handle.remove()
+    return count

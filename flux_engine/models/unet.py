@@ -13,6 +13,7 @@ Shapes: B batch, S calls, C channels, h w latent size, L tokens (L = h w inside 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -367,6 +368,6 @@ def guidance_embedding(scale: Tensor, dim: int) -> Tensor:
     Source: latent consistency models (arXiv 2310.04378): of (scale - 1) times 1000.
     """
     half = dim // 2
-    frequency = 10_000.0 ** -(torch.arange(half, dtype=torch.float32, device=scale.device) / (half - 1))
+    frequency = torch.exp(torch.arange(half, dtype=torch.float32, device=scale.device) * -(math.log(10_000) / (half - 1)))
     angle = ((scale.float() - 1) * 1000)[:, None] * frequency
     return torch.cat((angle.sin(), angle.cos()), dim=-1)

@@ -154,7 +154,7 @@ def train_base(args: argparse.Namespace) -> None:
         return (error + sum(hints.WEIGHTS[name] * value for name, value in told.items())).mean()
 
     def loss_of(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
-        batch = source.draw(rng, noise_level, free=0.1, thin=args.thin)
+        batch = source.draw(rng, noise_level, free=args.free, thin=args.thin)
         _, error, told = look(batch, batch.mixed, walked=False)
         loss = total(error, told)
         high = (batch.t > 0.95) & batch.captioned

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.optim import _muon
 
 import flux_engine.models.unet
 from flux_engine.families import patchify, unpatchify
 from flux_engine.hardware import has_bf16
 from flux_engine.models.unet import UNet
 from flux_engine.specs import DEMO_SDXL
-from torch.optim import _muon
 from training import hints
 from training.batches import Batch, Source, Walks, noise_level
-from training.flux import explicit_attention, error_of, orthogonal
+from training.flux import error_of, explicit_attention, orthogonal
 from training.run import Run, autocast, read_average
 from training.text import load_paired
 
@@ -144,7 +144,7 @@ def train_base(args: argparse.Namespace) -> None:
         return (error + sum(hints.WEIGHTS[name] * value for name, value in told.items())).mean()
 
     def loss_of(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
-        batch = source.draw(rng, noise_level, free=0.1)
+        batch = source.draw(rng, noise_level, free=args.free)
         _, error, told = look(batch, batch.mixed, walked=False)
         loss = total(error, told)
         high = (batch.t > 0.95) & batch.captioned
