@@ -33,16 +33,9 @@ def load(name: object, **options: str) -> Engine:
     return flux_engine.load(str(name), device="cpu", dtype="float32", offline=True, **options)
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "small"
-    assert cli.main(["convert", "demo-schnell", str(folder)]) == 0
-    return folder
-
-
-def test_the_same_model_by_every_kind_of_name(engine: Engine, exported: Path, tmp_path: Path) -> None:
-    expected = latent(engine)
-    everything = {
+def everything() -> dict[str, Tensor]:
+    """All parts of the demo model as one file of ComfyUI's holds them."""
+    return {
         prefix + name: tensor
         for prefix, path in (
             ("model.diffusion_model.", PARTS["transformer"]),
@@ -52,12 +45,41 @@ def test_the_same_model_by_every_kind_of_name(engine: Engine, exported: Path, tm
         )
         for name, tensor in load_file(path).items()
     }
-    save_file(everything, tmp_path / "all.safetensors")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "small"
+    assert cli.main(["convert", "demo-schnell", str(folder)]) == 0
+    return folder
+
+
+def test_the_same_model_by_every_kind_of_name(engine: Engine, exported: Path, tmp_path: Path) -> None:
+    expected = latent(engine)
+    save_file(everything(), tmp_path / "all.safetensors")
     for name in (PARTS["transformer"], exported, exported / "transformer", tmp_path / "all.safetensors"):
         loaded = load(name)
         assert torch.equal(latent(loaded), expected), name
         assert (loaded.spec.sizes, loaded.spec.num_inference_steps) == (engine.spec.sizes, 4)
         assert loaded.spec.schedule == engine.spec.schedule
+
+
+@pytest.mark.parametrize(
+    ("prefix", "other", "words"),
+    [
+        ("text_encoders.clip_l.transformer.", "text_encoders.clip_g.transformer.", "a CLIP text encoder under each of"),
+        ("text_encoders.t5xxl.transformer.", "", "a T5 text encoder under each of"),
+        ("vae.", "first_stage_model.", "an autoencoder under each of"),
+        ("model.diffusion_model.", "ema.", "a FLUX.1 transformer under each of"),
+    ],
+)
+def test_two_parts_of_a_kind_in_one_file(tmp_path: Path, prefix: str, other: str, words: str) -> None:
+    tensors = everything()
+    again = {other + n.removeprefix(prefix): t.clone() for n, t in tensors.items() if n.startswith(prefix)}
+    save_file(tensors | again, tmp_path / "x.safetensors")
+    with pytest.raises(WeightsError, match=words) as caught:
+        load(tmp_path / "x.safetensors")
+    assert prefix in str(caught.value) and (other or "no prefix") in str(caught.value)
 
 
 def test_a_guided_transformer_is_taken_for_what_it_is(tmp_path: Path) -> None:
