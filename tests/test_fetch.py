@@ -17,6 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import in_shards
+from safetensors.torch import load_file
+
+from flux_engine import hub as models
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CONTENT = bytes(range(256)) * 100_000
@@ -269,6 +273,36 @@ def test_the_files_of_a_repository_are_listed(client: Client) -> None:
     assert client.fetch(file="*", how="offline") == ("files", "x.safetensors")
     kind, words = client.fetch("owner/nothing", file="*")
     assert kind == "UnknownModel" and "there is no repository 'owner/nothing'" in words, words
+
+
+SHARDS = """
+import json, sys, torch
+from pathlib import Path
+from flux_engine import EngineConfig, FluxEngineError
+from flux_engine.assemble import find_model
+from flux_engine.checkpoints.source import WeightSource
+from safetensors.torch import load_file
+try:
+    path = find_model("owner/shards", EngineConfig()).parts["transformer"]
+    given = load_file(sys.argv[1])
+    with WeightSource.open(path) as source:
+        same = set(source.recipes) == set(given) and all(torch.equal(source.rows(n), t) for n, t in given.items())
+    print(json.dumps([path.name, str(same)]))
+except FluxEngineError as error:
+    print(json.dumps([type(error).__name__, str(error)]))
+"""
+
+
+def test_a_repository_in_shards_is_fetched_whole(hub: Hub, client: Client, tmp_path: Path) -> None:
+    given = models.find("demo-schnell").obtain()["transformer"]
+    (tmp_path / "there").mkdir()
+    there = in_shards(tmp_path / "there", load_file(given))
+    files = hub.files["owner/shards"] = {path.name: path.read_bytes() for path in there.iterdir()}
+    missing = files.pop("x-00002-of-00002.safetensors")
+    kind, words = client.answer(client.run(SHARDS, str(given)))
+    assert kind == "WeightsError" and "has no file 'x-00002-of-00002.safetensors'" in words, words
+    files["x-00002-of-00002.safetensors"] = missing
+    assert client.answer(client.run(SHARDS, str(given))) == ("x.safetensors.index.json", "True")
 
 
 def test_a_full_disk(hub: Hub, client: Client) -> None:
