@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,11 @@ from transformers import (
 from flux_engine.checkpoints.detect import pick
 from flux_engine.checkpoints.load import load_module
 from flux_engine.checkpoints.source import WeightSource
+from flux_engine.errors import WeightsError
+
+Config = TypeVar("Config", CLIPTextConfig, T5Config)
+VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
+"""Files that a tokenizer's pieces are in."""
 
 
 @dataclass(frozen=True)
@@ -75,15 +81,19 @@ class FluxTextEncoder:
         device: torch.device,
         cache_size: int = 64,
     ) -> FluxTextEncoder:
-        """Read both encoders and their tokenizers: four folders as Hugging Face repositories hold them."""
+        """Read both encoders and their tokenizers: four folders as Hugging Face repositories hold them.
+
+        Raises WeightsError for what is not whole.
+        """
         # float16 overflows inside T5, which was trained in bfloat16 (huggingface/candle issue 2480).
         dtype = torch.float32 if dtype == torch.float16 else dtype
-        clip_config = CLIPTextConfig.from_json_file(files["text_encoder/config.json"])
         with WeightSource.open(files["text_encoder"]) as file:
+            source = pick(file, "clip")
+            clip_config = _config(CLIPTextConfig, files["text_encoder/config.json"], source)
             # Published files say `text_model.` before every name; newer versions of transformers do not.
             clip = load_module(
                 lambda: CLIPTextModel(clip_config),
-                pick(file, "clip"),
+                source,
                 dtype=dtype,
                 device=device,
                 rename=lambda name: f"text_model.{name.removeprefix('text_model.')}",
@@ -92,19 +102,20 @@ class FluxTextEncoder:
         for name, _ in list(clip.named_buffers()):  # the one buffer that no file stores
             parent, _, leaf = name.rpartition(".")
             clip.get_submodule(parent).register_buffer(leaf, positions[None], persistent=False)
-        t5_config = T5Config.from_json_file(files["text_encoder_2/config.json"])
         with WeightSource.open(files["text_encoder_2"]) as file:
+            source = pick(file, "t5")
+            t5_config = _config(T5Config, files["text_encoder_2/config.json"], source)
             t5 = load_module(
                 lambda: T5EncoderModel(t5_config),
-                pick(file, "t5"),
+                source,
                 dtype=dtype,
                 device=device,
                 tied={"encoder.embed_tokens.weight": "shared.weight"},
             )
         return cls(
-            CLIPTokenizer.from_pretrained(files["tokenizer"]),
+            _tokenizer(CLIPTokenizer, files["tokenizer"], clip_config.vocab_size),
             clip,
-            T5Tokenizer.from_pretrained(files["tokenizer_2"]),
+            _tokenizer(T5Tokenizer, files["tokenizer_2"], t5_config.vocab_size),
             t5,
             max_sequence_length=max_sequence_length,
             cache_size=cache_size,
@@ -150,3 +161,33 @@ class FluxTextEncoder:
         pooled = self.clip(clip_ids.to(self.clip.device)).pooler_output
         tokens = self.t5(t5_ids.to(self.t5.device)).last_hidden_state
         return TextCond(tokens, pooled)
+
+
+def _config(kind: type[Config], path: Path, source: WeightSource) -> Config:
+    """An encoder's config. Raises WeightsError for what is none, or asks for more layers than there are tensors."""
+    try:
+        config = kind.from_json_file(path)
+    except Exception as error:  # noqa: BLE001  of many types, and none that they share
+        raise WeightsError(f"{path} cannot be used: {_short(error)}") from None
+    if config.num_hidden_layers > len(source.recipes):  # making them would take for ever
+        raise WeightsError(f"{path} asks for {config.num_hidden_layers:,} layers, more than {source.path} has tensors")
+    return config
+
+
+def _tokenizer(kind: type[PreTrainedTokenizerBase], folder: Path, pieces: int) -> PreTrainedTokenizerBase:
+    """Raises WeightsError for a folder without a vocabulary, of which transformers makes a tokenizer that knows no
+    word, and for one that cannot be read or has more pieces than the encoder.
+    """
+    if not any(all((folder / name).is_file() for name in names) for names in VOCABULARIES):
+        raise WeightsError(f"{folder} is not a tokenizer: it lacks {' or '.join(map(' and '.join, VOCABULARIES))}")
+    try:
+        tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # noqa: BLE001  the same
+        raise WeightsError(f"{folder} cannot be read as a tokenizer: {_short(error)}") from None
+    if len(tokenizer) > pieces:
+        raise WeightsError(f"{folder} has {len(tokenizer):,} pieces, and its text encoder {pieces:,}")
+    return tokenizer
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

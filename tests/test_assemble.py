@@ -183,6 +183,32 @@ def test_a_repository_is_read_from_a_cache_made_by_hand(
         load("owner/small", revision="v2")
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("tokenizer/tokenizer.json", None, r"tokenizer is not a tokenizer: it lacks tokenizer\.json"),
+        ("tokenizer_2/tokenizer.json", "{", "tokenizer_2 cannot be read as a tokenizer"),
+        ("tokenizer_2/tokenizer_config.json", None, "tokenizer_2 has 386 pieces, and its text encoder 286"),
+        ("tokenizer/tokenizer_config.json", "[]", "tokenizer cannot be read as a tokenizer"),
+        ("text_encoder/config.json", "", r"text_encoder/config\.json cannot be used"),
+        ("text_encoder/config.json", '{"vocab_size": 9}', "tensors? .*of another shape"),
+        ("text_encoder/config.json", '{"num_hidden_layers": 100000000}', "asks for 100,000,000 layers"),
+        ("text_encoder_2/config.json", '{"d_model": "x"}', r"text_encoder_2/config\.json cannot be used"),
+        ("text_encoder_2/config.json", '{"d_model": -3}', "no network can be made as it is described"),
+        ("text_encoder_2/config.json", '{"d_model": 1' + 18 * "0" + "}", "no network can be made as it is described"),
+        ("vae/config.json", '{"norm_num_groups": 0}', "no network can be made as it is described"),
+        ("vae/config.json", "[]", "is not a JSON object"),
+    ],
+)
+def test_damaged_folders(exported: Path, tmp_path: Path, file: str, content: str | None, words: str) -> None:
+    folder = shutil.copytree(exported, tmp_path / "x")
+    (folder / file).unlink()
+    if content is not None:
+        (folder / file).write_text(content)
+    with pytest.raises(WeightsError, match=words):
+        load(folder)
+
+
 def test_revisions_and_variants_of_what_has_none(exported: Path) -> None:
     with pytest.raises(WeightsError, match="comes with the package and has no revision"):
         load("demo-schnell", revision="v2")
