@@ -54,7 +54,8 @@ def find_model(
     files that a folder or repository has in several, as `x.fp16.safetensors`.
     Raises UnknownModel, WeightsError or UnsupportedError.
     """
-    meant = hub.refer(name, config.weights)
+    known = hub.manifests(config.weights)
+    meant = hub.refer(name, known)
     if isinstance(meant, hub.Manifest):
         if variant is not None:
             raise UnsupportedError(f"{meant.name} has no variant {variant!r}: its manifest names every file")
@@ -63,10 +64,10 @@ def find_model(
         return Model(spec, manifest.obtain(offline=offline, ledger=Ledger(config.cache)))
     if isinstance(meant, hub.Repository):
         path = _repository(meant.name, meant.file, revision or "main", variant, offline)
-        return _local(path, name, config, variant, offline)
+        return _local(path, name, config, known, variant, offline)
     if revision is not None:
         raise WeightsError(f"{meant} is here and has no revision {revision!r}")
-    return _local(meant, meant.stem if meant.is_file() else meant.absolute().name, config, variant, offline)
+    return _local(meant, meant.stem if meant.is_file() else meant.absolute().name, config, known, variant, offline)
 
 
 def stored_dtype(model: Model) -> str:
@@ -105,7 +106,14 @@ def _repository(repository: str, file: str | None, revision: str, variant: str |
     return index.parent
 
 
-def _local(path: Path, name: str, config: EngineConfig, variant: str | None, offline: bool) -> Model:
+def _local(
+    path: Path,
+    name: str,
+    config: EngineConfig,
+    known: Mapping[str, hub.Manifest],
+    variant: str | None,
+    offline: bool,
+) -> Model:
     parts: dict[str, Path] = {}
     schedule: FlowSchedule | None = None
     vae: Mapping[str, Any] = {}
@@ -135,7 +143,7 @@ def _local(path: Path, name: str, config: EngineConfig, variant: str | None, off
         raise UnsupportedError(f"{path} reads a picture beside the prompt, which this version cannot give it")
     missing = {*WEIGHTS, *PLAIN, *CONFIGS} - parts.keys()
     if missing:
-        manifest = hub.find(spec.name, config.weights)
+        manifest = hub.find(spec.name, known)
         base = manifest.obtain(offline=offline, ledger=Ledger(config.cache), only=missing)
         parts = {part: base[part] for part in missing} | parts
     if parts["vae"].is_relative_to(path):

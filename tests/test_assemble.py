@@ -254,7 +254,7 @@ def test_a_base_that_cannot_be(tmp_path: Path, base: str) -> None:
     text = f'base = "{base}"\nspec = "flux-dev"\ndescription = ""\nlicence = ""\nsource = ""\n[files]\n'
     (tmp_path / "manifests" / "x.toml").write_text(text)
     with pytest.raises(WeightsError, match="the manifest x stands on"):
-        hub.find("x", tmp_path)
+        hub.find("x", hub.manifests(tmp_path))
 
 
 def test_a_model_put_together_by_a_manifest(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
