@@ -10,7 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ WEIGHTS: Mapping[str, Kind] = {"transformer": "flux", "vae": "vae", "text_encode
 """Part -> what its file holds."""
 PLAIN = ("tokenizer", "tokenizer_2")
 """Parts that are folders without weights."""
-CONFIGS = {"text_encoder/config.json", "text_encoder_2/config.json"}
+CONFIGS = ("text_encoder/config.json", "text_encoder_2/config.json")
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,12 @@ def find_model(
         return Model(spec, manifest.obtain(offline=offline, ledger=Ledger(config.cache)))
     if isinstance(meant, hub.Repository):
         path = _repository(meant.name, meant.file, revision or "main", variant, offline)
-        return _local(path, name, config, known, variant, offline)
-    if revision is not None:
-        raise WeightsError(f"{meant} is here and has no revision {revision!r}")
-    return _local(meant, meant.stem if meant.is_file() else meant.absolute().name, config, known, variant, offline)
+    else:
+        if revision is not None:
+            raise WeightsError(f"{meant} is here and has no revision {revision!r}")
+        path, name = meant, meant.absolute().name.removesuffix(".safetensors")
+    found = _in_folder(path, variant) if _is_model(path) else _in_file(path, variant)
+    return _completed(found, path, name, config, known, offline)
 
 
 def stored_dtype(model: Model) -> str:
@@ -106,51 +108,76 @@ def _repository(repository: str, file: str | None, revision: str, variant: str |
     return index.parent
 
 
-def _local(
-    path: Path,
-    name: str,
-    config: EngineConfig,
-    known: Mapping[str, hub.Manifest],
-    variant: str | None,
-    offline: bool,
-) -> Model:
-    parts: dict[str, Path] = {}
+@dataclass(frozen=True)
+class _Found:
+    """What a folder or file gives of a model."""
+
+    parts: Mapping[str, Path]
     schedule: FlowSchedule | None = None
-    vae: Mapping[str, Any] = {}
-    if path.is_dir() and any((path / part).is_dir() for part in (*WEIGHTS, "unet")):
-        if (path / "unet").is_dir():
-            raise UnsupportedError(f"{path} holds a model with a UNet; this version runs FLUX.1 models only")
-        for part in WEIGHTS:
-            if (path / part).is_dir():
-                parts[part] = weights_in(path / part, variant=variant)
-        parts |= {part: path / part for part in PLAIN if (path / part).is_dir()}
-        parts |= {config_: path / config_ for config_ in CONFIGS if (path / config_).is_file()}
-        schedule = _schedule(path / "scheduler" / "scheduler_config.json")
-        vae = _json(path / "vae" / "config.json")
-    else:
-        weights = weights_in(path, variant=variant) if path.is_dir() else path
-        with WeightSource.open(weights) as source:
-            kinds = {part.kind for part in parts_of(source)}
-            if "flux" not in kinds:
-                raise WeightsError(f"{weights} cannot be loaded as a model: it holds {what_is(source)}")
-        parts = {part: weights for part, kind in WEIGHTS.items() if kind in kinds}
-    if "transformer" not in parts:
+    vae: Mapping[str, Any] = field(default_factory=dict)
+    """The autoencoder's config."""
+
+
+def _is_model(path: Path) -> bool:
+    """Whether it is a folder with a folder for each part."""
+    return _there(path) and path.is_dir() and any(_there(path / part) for part in (*WEIGHTS, "unet"))
+
+
+def _in_folder(path: Path, variant: str | None) -> _Found:
+    if _there(path / "unet"):
+        raise UnsupportedError(f"{path} holds a model with a UNet; this version runs FLUX.1 models only")
+    if not _there(path / "transformer"):
         raise WeightsError(f"{path} cannot be loaded as a model: it has no transformer")
-    with WeightSource.open(parts["transformer"]) as source:
+    parts = {part: weights_in(path / part, variant=variant) for part in WEIGHTS if _there(path / part)}
+    parts |= {name: path / name for name in (*PLAIN, *CONFIGS) if _there(path / name)}
+    schedule = _schedule(path / "scheduler" / "scheduler_config.json")
+    return _Found(parts, schedule, _json(path / "vae" / "config.json"))
+
+
+def _in_file(path: Path, variant: str | None) -> _Found:
+    """Of one file, or one folder of weights."""
+    weights = weights_in(path, variant=variant) if path.is_dir() else path
+    with WeightSource.open(weights) as source:
+        kinds = {part.kind for part in parts_of(source)}
+        if "flux" not in kinds:
+            raise WeightsError(f"{weights} cannot be loaded as a model: it holds {what_is(source)}")
+    return _Found({part: weights for part, kind in WEIGHTS.items() if kind in kinds})
+
+
+def _completed(
+    found: _Found, path: Path, name: str, config: EngineConfig, known: Mapping[str, hub.Manifest], offline: bool
+) -> Model:
+    """With what is missing, from the published model it is like."""
+    with WeightSource.open(found.parts["transformer"]) as source:
         params = FluxParams.from_shapes(pick(source, "flux").shapes)
     spec = _spec(path, params)
     if params.in_channels != 4 * spec.vae.latent_channels:
         raise UnsupportedError(f"{path} reads a picture beside the prompt, which this version cannot give it")
-    missing = {*WEIGHTS, *PLAIN, *CONFIGS} - parts.keys()
+    missing = {*WEIGHTS, *PLAIN, *CONFIGS} - found.parts.keys()
+    parts = dict(found.parts)
     if missing:
-        manifest = hub.find(spec.name, known)
-        base = manifest.obtain(offline=offline, ledger=Ledger(config.cache), only=missing)
-        parts = {part: base[part] for part in missing} | parts
-    if parts["vae"].is_relative_to(path):
+        base = hub.find(spec.name, known).obtain(offline=offline, ledger=Ledger(config.cache), only=missing)
+        parts |= {part: base[part] for part in missing}
+    if "vae" in found.parts:
         with WeightSource.open(parts["vae"]) as source:
-            found = VAEParams.from_shapes(pick(source, "vae").shapes)
-        spec = replace(spec, vae=_vae(found, spec.vae, vae))
-    return Model(replace(spec, name=name, transformer=params, schedule=schedule or spec.schedule), parts)
+            vae = VAEParams.from_shapes(pick(source, "vae").shapes)
+        spec = replace(spec, vae=_vae(vae, spec.vae, found.vae))
+    return Model(replace(spec, name=name, transformer=params, schedule=found.schedule or spec.schedule), parts)
+
+
+def _there(path: Path) -> bool:
+    """Whether a part is there. Raises WeightsError for a link that leads nowhere and for what cannot be looked at: no
+    other model's part may take its place.
+    """
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            raise WeightsError(f"{path} is a link to what is not there") from None
+        return False
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror}") from None
+    return True
 
 
 def _spec(path: Path, params: FluxParams) -> ModelSpec:
@@ -210,10 +237,10 @@ def _schedule(path: Path) -> FlowSchedule | None:
 
 def _json(path: Path) -> dict[str, Any]:
     """A config, empty if there is none."""
+    if not (_there(path.parent) and _there(path)):
+        return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
     except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path} cannot be read: {error}") from None
     if not isinstance(found, dict):

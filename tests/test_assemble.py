@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -183,6 +185,26 @@ def test_a_repository_is_read_from_a_cache_made_by_hand(
         load("owner/small", revision="v2")
 
 
+def test_a_cache_of_symlinks(engine: Engine, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the hub's library keeps it: a snapshot is links to files that are called by their hashes."""
+    from huggingface_hub import constants
+
+    repository, commit = tmp_path / "models--owner--small", "1" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "blobs").mkdir()
+    snapshot = shutil.copytree(exported, repository / "snapshots" / commit)
+    for number, path in enumerate(sorted(p for p in snapshot.rglob("*") if p.is_file())):
+        blob = path.rename(repository / "blobs" / f"{number:064x}")
+        path.symlink_to(os.path.relpath(blob, path.parent))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    for name in ("owner/small", snapshot, snapshot / "transformer"):
+        assert torch.equal(latent(load(name)), latent(engine)), name
+    (snapshot / "vae" / "diffusion_pytorch_model.safetensors").resolve().unlink()
+    with pytest.raises(WeightsError, match=r"vae/diffusion_pytorch_model\.safetensors"):
+        load(snapshot)
+
+
 @pytest.mark.parametrize(
     ("file", "content", "words"),
     [
@@ -206,6 +228,23 @@ def test_damaged_folders(exported: Path, tmp_path: Path, file: str, content: str
     if content is not None:
         (folder / file).write_text(content)
     with pytest.raises(WeightsError, match=words):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "inside",
+    ["", "transformer", "transformer/diffusion_pytorch_model.safetensors", "text_encoder", "text_encoder/config.json",
+     "tokenizer", "tokenizer/tokenizer.json", "scheduler", "scheduler/scheduler_config.json", "vae/config.json"],
+)  # fmt: skip
+@pytest.mark.parametrize("loop", [True, False])
+def test_symlinks_that_lead_nowhere(exported: Path, tmp_path: Path, inside: str, loop: bool) -> None:
+    """In a loop, or to what is gone: never an error without a name, never another model's part in its place."""
+    folder = tmp_path / "x"
+    shutil.copytree(exported, folder)
+    at = folder / inside
+    shutil.rmtree(at) if at.is_dir() else at.unlink()
+    at.symlink_to(at if loop else "gone")
+    with pytest.raises(WeightsError, match=re.escape(str(folder / inside.partition("/")[0]))):
         load(folder)
 
 
