@@ -66,9 +66,12 @@ def main() -> None:
     args = parser.parse_args()
 
     from flux_engine import load
+    from flux_engine.specs import FluxSpec
 
     engine = load(args.model, device="cpu", dtype=args.dtype)
     spec = engine.spec
+    if not isinstance(spec, FluxSpec):
+        parser.error(f"{spec.name} is no FLUX.1 model, and the rival's script is for these")
     side, _ = spec.sizes.named("1:1")
     shared = [args.dtype, str(spec.num_inference_steps), str(side), str(spec.max_sequence_length)]
     with tempfile.TemporaryDirectory() as folder:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,45 @@ from flux_engine.config import EngineConfig
 from flux_engine.errors import UnsupportedError, WeightsError
 from flux_engine.fetch import fetch, listing
 from flux_engine.ledger import Ledger
-from flux_engine.specs import FLUX_DEV, SPECS, FlowSchedule, FluxParams, ModelSpec, VAEParams
+from flux_engine.schedulers import scheduler_name
+from flux_engine.specs import (
+    FLUX_DEV,
+    SPECS,
+    DiffusionSchedule,
+    FlowSchedule,
+    FluxParams,
+    FluxSpec,
+    ModelSpec,
+    SDXLSpec,
+    Shapes,
+    UNetParams,
+    VAEParams,
+)
 
-WEIGHTS: Mapping[str, Kind] = {"transformer": "flux", "vae": "vae", "text_encoder": "clip", "text_encoder_2": "t5"}
-"""Part -> what its file holds."""
+
+@dataclass(frozen=True)
+class Layout:
+    """The parts of a family's models, as diffusers' folders have them."""
+
+    network: str
+    """The one that denoises."""
+    weights: Mapping[str, Kind]
+    """Part -> what its file holds."""
+
+    @property
+    def every(self) -> tuple[str, ...]:
+        return (*self.weights, *PLAIN, *CONFIGS)
+
+
 PLAIN = ("tokenizer", "tokenizer_2")
 """Parts that are folders without weights."""
-CONFIGS = {"text_encoder/config.json", "text_encoder_2/config.json"}
+CONFIGS = ("text_encoder/config.json", "text_encoder_2/config.json")
+LAYOUTS: Mapping[str, Layout] = {
+    "flux": Layout(
+        "transformer", {"transformer": "flux", "vae": "vae", "text_encoder": "clip", "text_encoder_2": "t5"}
+    ),
+    "sdxl": Layout("unet", {"unet": "unet", "vae": "vae", "text_encoder": "clip", "text_encoder_2": "clip"}),
+}
 
 
 @dataclass(frozen=True)
@@ -47,32 +79,51 @@ def find_model(
     revision: str | None = None,
     variant: str | None = None,
     offline: bool = False,
+    only: Collection[str] | None = None,
 ) -> Model:
     """The parts of a model, fetched where they are not here, and its spec.
 
     `name` is that of a manifest, a path, or OWNER/NAME of a repository, or OWNER/NAME/FILE. `variant` chooses among
-    files that a folder or repository has in several, as `x.fp16.safetensors`.
+    files that a folder or repository has in several, as `x.fp16.safetensors`. `only` names the parts that are wanted.
     Raises UnknownModel, WeightsError or UnsupportedError.
     """
-    meant = hub.refer(name, config.weights)
+    known = hub.manifests(config.weights)
+    meant = hub.refer(name, known)
     if isinstance(meant, hub.Manifest):
         if variant is not None:
             raise UnsupportedError(f"{meant.name} has no variant {variant!r}: its manifest names every file")
         manifest = meant.at(revision) if revision is not None else meant
         spec = manifest.model_spec()
-        return Model(spec, manifest.obtain(offline=offline, ledger=Ledger(config.cache)))
+        return Model(spec, manifest.obtain(offline=offline, ledger=Ledger(config.cache), only=only))
     if isinstance(meant, hub.Repository):
         path = _repository(meant.name, meant.file, revision or "main", variant, offline)
-        return _local(path, name, config, variant, offline)
-    if revision is not None:
-        raise WeightsError(f"{meant} is here and has no revision {revision!r}")
-    return _local(meant, meant.stem if meant.is_file() else meant.absolute().name, config, variant, offline)
+    else:
+        if revision is not None:
+            raise WeightsError(f"{meant} is here and has no revision {revision!r}")
+        path, name = meant, meant.absolute().name.removesuffix(".safetensors")
+    found = _in_folder(path, variant) if _is_model(path) else _in_file(path, variant)
+    spec = _spec_of(found, path)
+    missing = set(needed(spec) if only is None else only) - found.parts.keys()
+    parts = dict(found.parts)
+    if missing:
+        base = hub.find(spec.name, known).obtain(offline=offline, ledger=Ledger(config.cache), only=missing)
+        parts |= {part: base[part] for part in missing}
+    return Model(replace(spec, name=name), parts)
+
+
+def needed(spec: ModelSpec) -> list[str]:
+    """The parts that a model has."""
+    every = LAYOUTS[spec.family].every
+    if isinstance(spec, SDXLSpec) and spec.aesthetic_score:  # the refiner has the second text encoder only
+        return [part for part in every if not re.match(r"(text_encoder|tokenizer)(/|$)", part)]
+    return list(every)
 
 
 def stored_dtype(model: Model) -> str:
-    """What most of the transformer's tensors are stored in, as "bfloat16"."""
-    with WeightSource.open(model.parts["transformer"]) as source:
-        dtypes = Counter(recipe.dtype for recipe in pick(source, "flux").recipes.values())
+    """What most of the denoising network's tensors are stored in, as "bfloat16"."""
+    layout = LAYOUTS[model.spec.family]
+    with WeightSource.open(model.parts[layout.network]) as source:
+        dtypes = Counter(recipe.dtype for recipe in pick(source, layout.weights[layout.network]).recipes.values())
     return str(dtypes.most_common(1)[0][0]).removeprefix("torch.")
 
 
@@ -95,69 +146,115 @@ def _repository(repository: str, file: str | None, revision: str, variant: str |
     if "model_index.json" not in files:
         return weights("", [name for name in files if "/" not in name])
     index = get("model_index.json")
-    for part in WEIGHTS:
+    for part in dict.fromkeys(part for layout in LAYOUTS.values() for part in layout.weights):
         names = [name.removeprefix(f"{part}/") for name in files if name.startswith(f"{part}/")]
         if names:
             weights(f"{part}/", names)
     for name in files:
-        if re.fullmatch(r"(scheduler|vae|text_encoder(_2)?)/\w+\.json|tokenizer(_2)?/[^/]+", name):
+        if re.fullmatch(r"(scheduler|unet|vae|text_encoder(_2)?)/\w+\.json|tokenizer(_2)?/[^/]+", name):
             get(name)
     return index.parent
 
 
-def _local(path: Path, name: str, config: EngineConfig, variant: str | None, offline: bool) -> Model:
-    parts: dict[str, Path] = {}
-    schedule: FlowSchedule | None = None
-    vae: Mapping[str, Any] = {}
-    if path.is_dir() and any((path / part).is_dir() for part in (*WEIGHTS, "unet")):
-        if (path / "unet").is_dir():
-            raise UnsupportedError(f"{path} holds a model with a UNet; this version runs FLUX.1 models only")
-        for part in WEIGHTS:
-            if (path / part).is_dir():
-                parts[part] = weights_in(path / part, variant=variant)
-        parts |= {part: path / part for part in PLAIN if (path / part).is_dir()}
-        parts |= {config_: path / config_ for config_ in CONFIGS if (path / config_).is_file()}
-        schedule = _schedule(path / "scheduler" / "scheduler_config.json")
-        vae = _json(path / "vae" / "config.json")
-    else:
-        weights = weights_in(path, variant=variant) if path.is_dir() else path
-        with WeightSource.open(weights) as source:
-            kinds = {part.kind for part in parts_of(source)}
-            if "flux" not in kinds:
-                raise WeightsError(f"{weights} cannot be loaded as a model: it holds {what_is(source)}")
-        parts = {part: weights for part, kind in WEIGHTS.items() if kind in kinds}
-    if "transformer" not in parts:
-        raise WeightsError(f"{path} cannot be loaded as a model: it has no transformer")
-    with WeightSource.open(parts["transformer"]) as source:
-        params = FluxParams.from_shapes(pick(source, "flux").shapes)
-    spec = _spec(path, params)
-    if params.in_channels != 4 * spec.vae.latent_channels:
+@dataclass(frozen=True)
+class _Found:
+    """What a folder or file gives of a model."""
+
+    family: str
+    parts: Mapping[str, Path]
+    said: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Config -> what it says, for those that are there: model_index, scheduler, unet, vae."""
+
+    def config(self, name: str) -> Mapping[str, Any]:
+        return self.said.get(name, {})
+
+
+def _is_model(path: Path) -> bool:
+    """Whether it is a folder with a folder for each part."""
+    folders = {part for layout in LAYOUTS.values() for part in layout.weights}
+    return _there(path) and path.is_dir() and any(_there(path / part) for part in folders)
+
+
+def _in_folder(path: Path, variant: str | None) -> _Found:
+    families = [name for name, layout in LAYOUTS.items() if _there(path / layout.network)]
+    if len(families) != 1:
+        networks = [layout.network for layout in LAYOUTS.values()]
+        have = f"has {' and '.join(networks)}" if families else f"has no {' and no '.join(networks)}"
+        raise WeightsError(f"{path} cannot be loaded as a model: it {have}")
+    layout = LAYOUTS[families[0]]
+    parts = {part: weights_in(path / part, variant=variant) for part in layout.weights if _there(path / part)}
+    parts |= {name: path / name for name in (*PLAIN, *CONFIGS) if _there(path / name)}
+    configs = {
+        "model_index": path / "model_index.json",
+        "scheduler": path / "scheduler" / "scheduler_config.json",
+        "unet": path / "unet" / "config.json",
+        "vae": path / "vae" / "config.json",
+    }
+    return _Found(families[0], parts, {name: _json(config) for name, config in configs.items()})
+
+
+def _in_file(path: Path, variant: str | None) -> _Found:
+    """Of one file, or one folder of weights."""
+    weights = weights_in(path, variant=variant) if path.is_dir() else path
+    with WeightSource.open(weights) as source:
+        kinds = Counter(part.kind for part in parts_of(source))
+        families = [name for name, layout in LAYOUTS.items() if layout.weights[layout.network] in kinds]
+        if len(families) != 1:
+            raise WeightsError(f"{weights} cannot be loaded as a model: it holds {what_is(source)}")
+    layout = LAYOUTS[families[0]]
+    # Of two parts of one kind a file with one of them holds neither for sure: then both come from the base.
+    wanted = Counter(layout.weights.values())
+    return _Found(families[0], {part: weights for part, kind in layout.weights.items() if kinds[kind] >= wanted[kind]})
+
+
+def _spec_of(found: _Found, path: Path) -> ModelSpec:
+    """The spec it is nearest to, with its own widths and what its configs say.
+
+    Raises UnsupportedError for a model that reads a picture beside the prompt.
+    """
+    layout = LAYOUTS[found.family]
+    with WeightSource.open(found.parts[layout.network]) as source:
+        shapes = pick(source, layout.weights[layout.network]).shapes
+    spec = _flux_spec(path, shapes, found) if found.family == "flux" else _sdxl_spec(path, shapes, found)
+    if spec.needs_picture:
         raise UnsupportedError(f"{path} reads a picture beside the prompt, which this version cannot give it")
-    missing = {*WEIGHTS, *PLAIN, *CONFIGS} - parts.keys()
-    if missing:
-        manifest = hub.find(spec.name, config.weights)
-        base = manifest.obtain(offline=offline, ledger=Ledger(config.cache), only=missing)
-        parts = {part: base[part] for part in missing} | parts
-    if parts["vae"].is_relative_to(path):
-        with WeightSource.open(parts["vae"]) as source:
-            found = VAEParams.from_shapes(pick(source, "vae").shapes)
-        spec = replace(spec, vae=_vae(found, spec.vae, vae))
-    return Model(replace(spec, name=name, transformer=params, schedule=schedule or spec.schedule), parts)
+    if "vae" in found.parts:
+        with WeightSource.open(found.parts["vae"]) as source:
+            vae = VAEParams.from_shapes(pick(source, "vae").shapes)
+        spec = replace(spec, vae=_vae(vae, spec.vae, found.config("vae")))
+    return spec
 
 
-def _spec(path: Path, params: FluxParams) -> ModelSpec:
+def _there(path: Path) -> bool:
+    """Whether a part is there. Raises WeightsError for a link that leads nowhere and for what cannot be looked at: no
+    other model's part may take its place.
+    """
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            raise WeightsError(f"{path} is a link to what is not there") from None
+        return False
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror}") from None
+    return True
+
+
+def _flux_spec(path: Path, shapes: Shapes, found: _Found) -> FluxSpec:
     """Of the models whose text encoders fit, the one that is nearest: by widths, then by guidance."""
+    params = FluxParams.from_shapes(shapes)
     fitting = [
         spec
         for spec in SPECS.values()
-        if (spec.transformer.vec_in_dim, spec.transformer.context_in_dim) == (params.vec_in_dim, params.context_in_dim)
+        if isinstance(spec, FluxSpec)
+        and (spec.transformer.vec_in_dim, spec.transformer.context_in_dim) == (params.vec_in_dim, params.context_in_dim)
     ]
     if not fitting:
         raise WeightsError(
             f"{path} reads text {params.context_in_dim} and {params.vec_in_dim} wide, which no text encoder known here "
             "gives"
         )
-    return min(
+    nearest = min(
         fitting,
         key=lambda spec: (
             spec.transformer.guidance_embed != params.guidance_embed,
@@ -166,6 +263,48 @@ def _spec(path: Path, params: FluxParams) -> ModelSpec:
             spec.guidance_scale != FLUX_DEV.guidance_scale,  # Kontext is like dev in all of its shapes
         ),
     )
+    said = found.config("scheduler")
+    return replace(nearest, transformer=params, schedule=_flow_schedule(path, said) if said else nearest.schedule)
+
+
+def _sdxl_spec(path: Path, shapes: Shapes, found: _Found) -> SDXLSpec:
+    """The same. What was distilled from SDXL is like it in all of its shapes and taken for SDXL, but for LCM."""
+    params = UNetParams.from_shapes(shapes)
+    fitting = [
+        spec
+        for spec in SPECS.values()
+        if isinstance(spec, SDXLSpec)
+        and (spec.unet.cross_attention_dim, spec.unet.add_embed_dim)
+        == (params.cross_attention_dim, params.add_embed_dim)
+    ]
+    if not fitting:
+        raise WeightsError(
+            f"{path} reads text {params.cross_attention_dim} wide and {params.add_embed_dim} numbers beside it, which "
+            "no text encoders known here give"
+        )
+    nearest = min(
+        fitting,
+        key=lambda spec: (
+            spec.unet.guidance_embed != params.guidance_embed,
+            spec.unet.in_channels != params.in_channels,
+            spec.unet.block_out_channels != params.block_out_channels,
+        ),
+    )
+    said = found.config("unet")
+    try:
+        heads = said.get("attention_head_dim")
+        heads = heads[0] if isinstance(heads, list) else heads
+        params = replace(
+            params,
+            head_dim=params.block_out_channels[0] // int(heads) if heads else nearest.unet.head_dim,
+            norm_groups=int(said.get("norm_num_groups", nearest.unet.norm_groups)),
+        )
+    except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise WeightsError(f"{path / 'unet' / 'config.json'} cannot be used: {error!r}") from None
+    zero = bool(found.config("model_index").get("force_zeros_for_empty_prompt", nearest.zero_negative))
+    said = found.config("scheduler")
+    schedule = _diffusion_schedule(path, said, nearest.schedule) if said else nearest.schedule
+    return replace(nearest, unet=params, zero_negative=zero, schedule=schedule)
 
 
 def _vae(found: VAEParams, like: VAEParams, config: Mapping[str, Any]) -> VAEParams:
@@ -176,15 +315,13 @@ def _vae(found: VAEParams, like: VAEParams, config: Mapping[str, Any]) -> VAEPar
             scaling_factor=float(config.get("scaling_factor", like.scaling_factor)),
             shift_factor=float(config.get("shift_factor") or 0.0) if config else like.shift_factor,
             norm_groups=int(config.get("norm_num_groups", like.norm_groups)),
+            force_upcast=bool(config.get("force_upcast", like.force_upcast)),
         )
     except (TypeError, ValueError) as error:
         raise WeightsError(f"the autoencoder's config.json cannot be used: {error}") from None
 
 
-def _schedule(path: Path) -> FlowSchedule | None:
-    said = _json(path)
-    if not said:
-        return None
+def _flow_schedule(path: Path, said: Mapping[str, Any]) -> FlowSchedule:
     shifted = bool(said.get("use_dynamic_shifting", False))
     if not shifted and said.get("shift", 1.0) != 1.0:
         raise UnsupportedError(f"{path} asks for a shift of {said['shift']} at every size, which is not there yet")
@@ -197,15 +334,35 @@ def _schedule(path: Path) -> FlowSchedule | None:
             max_tokens=int(said.get("max_image_seq_len", 4096)),
         )
     except (TypeError, ValueError) as error:
-        raise WeightsError(f"{path} cannot be used: {error}") from None
+        raise WeightsError(f"{path}: its scheduler_config.json cannot be used: {error}") from None
+
+
+def _diffusion_schedule(path: Path, said: Mapping[str, Any], like: DiffusionSchedule) -> DiffusionSchedule:
+    if said.get("rescale_betas_zero_snr"):
+        raise UnsupportedError(f"{path} asks for betas rescaled to zero terminal SNR, which is not there yet")
+    known = {"prediction_type": ("epsilon", "v_prediction"), "timestep_spacing": ("leading", "trailing")}
+    for name, values in known.items():
+        if said.get(name, values[0]) not in values:
+            raise UnsupportedError(f"{path} asks for {name} {said[name]!r}; known are {', '.join(values)}")
+    try:
+        return DiffusionSchedule(
+            scheduler=scheduler_name(said) or like.scheduler,
+            prediction_type=said.get("prediction_type", like.prediction_type),
+            timestep_spacing=said.get("timestep_spacing", like.timestep_spacing),
+            beta_start=float(said.get("beta_start", like.beta_start)),
+            beta_end=float(said.get("beta_end", like.beta_end)),
+            num_train_timesteps=int(said.get("num_train_timesteps", like.num_train_timesteps)),
+        )
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"{path}: its scheduler_config.json cannot be used: {error}") from None
 
 
 def _json(path: Path) -> dict[str, Any]:
     """A config, empty if there is none."""
+    if not (_there(path.parent) and _there(path)):
+        return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
     except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path} cannot be read: {error}") from None
     if not isinstance(found, dict):

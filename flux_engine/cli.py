@@ -198,7 +198,7 @@ def _generate(args: argparse.Namespace) -> None:
 
 def _spec(model: str, config: EngineConfig) -> ModelSpec:
     """A manifest tells it at once; of a file or repository the weights have to be looked at."""
-    meant = hub.refer(model, config.weights)
+    meant = hub.refer(model, hub.manifests(config.weights))
     if isinstance(meant, hub.Manifest):
         return meant.model_spec()
     from flux_engine.assemble import find_model
@@ -239,7 +239,7 @@ def _models(args: argparse.Namespace) -> None:
 
 def _download(args: argparse.Namespace) -> None:
     config = EngineConfig.from_environment()
-    manifest = hub.find(args.name, config.weights)
+    manifest = hub.find(args.name, hub.manifests(config.weights))
     if args.revision:
         manifest = manifest.at(args.revision)
     for name, path in manifest.obtain(ledger=Ledger(config.cache)).items():

@@ -21,7 +21,7 @@ from flux_engine.families import Family, FluxFamily, SDXLFamily, load_family
 from flux_engine.pipeline import OnStep, Pipeline, check_cancelled
 from flux_engine.request import Job, Request
 from flux_engine.result import Result
-from flux_engine.specs import ModelSpec
+from flux_engine.specs import ModelSpec, SDXLSpec
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ def load(
     revision: str | None = None,
     variant: str | None = None,
     offline: bool = False,
+    refiner: str | None = None,
 ) -> Engine:
     """Load a model and return an engine that runs requests on it.
 
@@ -47,7 +48,8 @@ def load(
     `device` and `dtype` default to the environment (FLUX_ENGINE_DEVICE, FLUX_ENGINE_DTYPE) and then to what the
     machine does best; see EngineConfig. `embedding_cache` is the number of encoded prompts to keep. `revision` is a
     branch, tag or commit of the repository, `variant` one of the kinds of files in it, as "fp16"; `offline`, like
-    HF_HUB_OFFLINE=1, takes files from the hub's local cache only.
+    HF_HUB_OFFLINE=1, takes files from the hub's local cache only. `refiner` is an SDXL refiner to load with an SDXL
+    model, for requests that say `refine`.
     Raises UnknownModel, WeightsError, UnsupportedError or OutOfMemory; nothing stays loaded then.
     """
     config = EngineConfig.from_environment(
@@ -60,6 +62,8 @@ def load(
     target = hardware.pick_device(config.device)
     compute = hardware.pick_dtype(config.dtype, target)
     found = find_model(model, config, revision=revision, variant=variant, offline=offline)
+    refining = None if refiner is None else find_model(refiner, config, offline=offline, only=["unet"])
+    _check_pair(found.spec, refining.spec if refining else None)
     with _memory_errors(f"loading {model}"):
         family = load_family(
             found.spec,
@@ -68,9 +72,29 @@ def load(
             device=target,
             embedding_cache=config.embedding_cache,
         )
+        if refining and isinstance(family, SDXLFamily) and isinstance(refining.spec, SDXLSpec):
+            family = family.with_refiner(refining.spec, refining.parts)
     seconds = time.perf_counter() - began
     log.info("loaded %s on %s as %s in %.2f s", model, target, compute, seconds)
     return Engine(family, load_seconds=seconds)
+
+
+def _check_pair(spec: ModelSpec, refiner: ModelSpec | None) -> None:
+    """Raises InvalidRequest for a refiner without a base, and for what is no refiner."""
+
+    def refines(spec: ModelSpec) -> bool:
+        return isinstance(spec, SDXLSpec) and spec.aesthetic_score
+
+    if refines(spec):
+        raise InvalidRequest(
+            f"{spec.name} refines what another model drew: load('sdxl', refiner={spec.name!r})", field="model"
+        )
+    if refiner is None:
+        return
+    if not refines(refiner):
+        raise InvalidRequest(f"{refiner.name} is not a refiner", field="refiner")
+    if not isinstance(spec, SDXLSpec):
+        raise InvalidRequest(f"{spec.name} is no SDXL model and takes no refiner", field="refiner")
 
 
 class Engine:
@@ -79,7 +103,7 @@ class Engine:
     A request that fails or is cancelled leaves the engine as it was.
     """
 
-    def __init__(self, family: Family, *, load_seconds: float = 0.0) -> None:
+    def __init__(self, family: Family[Any], *, load_seconds: float = 0.0) -> None:
         self._pipeline = Pipeline(family)
         self._lock = threading.Lock()
         self._owner: int | None = None
@@ -164,7 +188,9 @@ class Engine:
         if layout == "diffusers":
             return family.export(folder)
         if not isinstance(family, FluxFamily):
-            raise InvalidRequest(f"layout 'bfl' is FLUX.1's, and {self.spec.name} is none: say 'diffusers'", field="layout")
+            raise InvalidRequest(
+                f"layout 'bfl' is FLUX.1's, and {self.spec.name} is none: say 'diffusers'", field="layout"
+            )
         from flux_engine.checkpoints import export
 
         return export.write_bfl(folder, self.spec.name.rpartition("/")[2], family.net, family.vae)

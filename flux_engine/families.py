@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,8 @@ from flux_engine.schedulers import Diffusers, Schedule, flow_match_euler, schedu
 from flux_engine.specs import FluxParams, FluxSpec, ModelSpec, SDXLSpec, UNetParams
 from flux_engine.text import FluxTextEncoder, TextCond
 from flux_engine.text_sdxl import SDXLTextEncoder
+
+Spec = TypeVar("Spec", bound=ModelSpec)
 
 
 def patchify(latent: Tensor) -> Tensor:
@@ -62,7 +64,7 @@ class Encoded:
     text: TextCond
     """Each prompt once."""
     rows: list[int]
-    """Which of them each row of the batch uses: where the job is guided, a negative row for each picture comes first."""
+    """Which of them each row of the batch uses; where the job is guided, a negative row for each picture first."""
     notes: list[str]
     """What was cut."""
 
@@ -71,16 +73,16 @@ class Encoded:
 class Stage:
     """One walk over timesteps. What one stage leaves is where the next begins."""
 
-    family: Family
+    family: Family[Any]
     schedule: Schedule
     begin: Callable[[Tensor | None], Tensor]
     """What the stage before left, None for the first -> where this one begins. float32."""
 
 
-class Family(ABC):
+class Family(ABC, Generic[Spec]):
     """A model, put together: its networks and what the request path needs to know about them."""
 
-    spec: ModelSpec
+    spec: Spec
     net: Any
     vae: AutoEncoder
     text: Any
@@ -180,7 +182,7 @@ def encode_each_once(job: Job, read: Callable[[list[Any]], TextCond], prompts: l
 
 
 @dataclass(frozen=True)
-class FluxFamily(Family):
+class FluxFamily(Family[FluxSpec]):
     """A FLUX.1 model."""
 
     spec: FluxSpec
@@ -267,6 +269,22 @@ class FluxFamily(Family):
         return FluxStatics.cat([each[row] for row in encoded.rows])
 
 
+def load_unet(spec: SDXLSpec, file: Path, *, dtype: torch.dtype, device: torch.device) -> tuple[SDXLSpec, UNet]:
+    """A UNet, and the spec with its widths and depths, which come from the checkpoint; a head's width and the number of
+    groups, which no shape tells, from the spec."""
+    with WeightSource.open(file) as opened:
+        source = pick(opened, "unet")
+        found = UNetParams.from_shapes(source.shapes)
+        params = replace(found, head_dim=spec.unet.head_dim, norm_groups=spec.unet.norm_groups)
+        if params.guidance_embed != (spec.guidance_embedded and spec.guidance_scale is not None):
+            raise WeightsError(
+                f"{file} {'has' if params.guidance_embed else 'lacks'} a guidance embedding, which does not fit "
+                f"{spec.name}"
+            )
+        net = load_module(lambda: UNet(params), source, dtype=dtype, device=device)
+    return replace(spec, unet=params), channels_last(net)
+
+
 AESTHETIC_SCORES = (2.5, 6.0)
 """What the refiner is told of the negative prompt's picture and of the prompt's (arXiv 2307.01952, appendix)."""
 REFINER_STRENGTH = 0.3
@@ -274,7 +292,7 @@ REFINER_STRENGTH = 0.3
 
 
 @dataclass(frozen=True)
-class SDXLFamily(Family):
+class SDXLFamily(Family[SDXLSpec]):
     """An SDXL model, with its refiner if it has one."""
 
     spec: SDXLSpec
@@ -293,27 +311,26 @@ class SDXLFamily(Family):
         device: torch.device,
         embedding_cache: int,
     ) -> SDXLFamily:
-        """The UNet's widths and depths come from its checkpoint; a head's width, which no shape tells, from the spec."""
-        with WeightSource.open(files["unet"]) as file:
-            source = pick(file, "unet")
-            found = UNetParams.from_shapes(source.shapes)
-            params = replace(found, head_dim=spec.unet.head_dim, norm_groups=spec.unet.norm_groups)
-            if params.guidance_embed != (spec.guidance_embedded and spec.guidance_scale is not None):
-                raise WeightsError(
-                    f"{files['unet']} {'has' if params.guidance_embed else 'lacks'} a guidance embedding, "
-                    f"which does not fit {spec.name}"
-                )
-            net = channels_last(load_module(lambda: UNet(params), source, dtype=dtype, device=device))
-        text = SDXLTextEncoder.load(
-            files, both=not spec.aesthetic_score, dtype=dtype, device=device, cache_size=embedding_cache
-        )
-        vae = load_vae(spec, files["vae"], dtype=dtype, device=device)
-        return cls(replace(spec, unet=params), net, vae, text)
+        spec, net = load_unet(spec, files["unet"], dtype=dtype, device=device)
+        text = SDXLTextEncoder.load(files, dtype=dtype, device=device, cache_size=embedding_cache)
+        return cls(spec, net, load_vae(spec, files["vae"], dtype=dtype, device=device), text)
 
-    def with_refiner(self, refiner: SDXLFamily) -> SDXLFamily:
-        """The same with a refiner, which takes over the autoencoder and the second text encoder."""
-        shared = replace(refiner, vae=self.vae, text=self.text.second())
-        return replace(self, spec=replace(self.spec, refiner=refiner.spec), refiner=shared)
+    def with_refiner(self, spec: SDXLSpec, files: Mapping[str, Path]) -> SDXLFamily:
+        """The same with a refiner's UNet beside it, which shares the autoencoder and the second text encoder.
+
+        Raises WeightsError if it reads another text encoder's states.
+        """
+        spec, net = load_unet(spec, files["unet"], dtype=self.net.dtype, device=self.net.device)
+        text = self.text.second()
+        if spec.unet.cross_attention_dim != text.width:
+            raise WeightsError(
+                f"{files['unet']} reads text {spec.unet.cross_attention_dim} wide; the second text encoder of "
+                f"{self.spec.name} is {text.width} wide"
+            )
+        return self.refined_by(SDXLFamily(spec, net, self.vae, text))
+
+    def refined_by(self, refiner: SDXLFamily) -> SDXLFamily:
+        return replace(self, spec=replace(self.spec, refiner=refiner.spec), refiner=refiner)
 
     def networks(self) -> dict[str, nn.Module]:
         parts = ("text_encoder", "text_encoder_2")[-len(self.text.readers) :]
@@ -389,9 +406,7 @@ class SDXLFamily(Family):
         guidance = None if job.guidance_scale is None else torch.tensor([job.guidance_scale], device=device)
         told = [*job.told.original_size, *job.told.crop_top_left]
         ends = ([score] for score in AESTHETIC_SCORES) if self.spec.aesthetic_score else [job.told.target_size] * 2
-        negative, positive = (
-            torch.tensor([[*told, *end]], dtype=torch.float32, device=device) for end in ends
-        )
+        negative, positive = (torch.tensor([[*told, *end]], dtype=torch.float32, device=device) for end in ends)
         negatives = len(encoded.rows) - len(job.prompts)
         made: dict[tuple[int, bool], UNetStatics] = {}
         rows = [(row, number < negatives) for number, row in enumerate(encoded.rows)]

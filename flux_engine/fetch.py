@@ -55,7 +55,13 @@ def _said(repository: str, file: str, revision: str, offline: bool) -> Iterator[
     what = f"{file} of {repository}"
     cache = constants.HF_HUB_CACHE
     try:
-        yield
+        try:
+            yield
+        except OSError as error:
+            refused = _refused(repository, error)
+            if refused:
+                raise refused from None
+            raise
     except errors.HFValidationError as error:
         raise UnknownModel(f"{repository!r} is not the name of a repository, OWNER/NAME: {error}") from None
     except errors.GatedRepoError:
@@ -90,6 +96,31 @@ def _said(repository: str, file: str, revision: str, offline: bool) -> Iterator[
         if error.errno == errno.ENOSPC:
             raise WeightsError(f"no room for {what} in {cache}: free some, or set HF_HUB_CACHE") from None
         raise WeightsError(f"{what} cannot be fetched: {_first(error)}. Try again; what has come is kept") from None
+
+
+def _refused(repository: str, error: BaseException) -> WeightsError | None:
+    """Where the hub does not let in who asks, and a token was sent: why. Without one it is enough to say: log in."""
+    from huggingface_hub import errors, get_token
+
+    answered: BaseException | None = error
+    while answered is not None and getattr(answered, "response", None) is None:
+        answered = answered.__cause__
+    status = getattr(getattr(answered, "response", None), "status_code", None)
+    if status not in (401, 403) or get_token() is None:
+        return None
+    if status == 401:
+        return WeightsError(
+            f"{repository} cannot be fetched: the hub does not accept the token that is set here; log in anew with "
+            "`hf auth login`, or correct or unset HF_TOKEN"
+        )
+    if isinstance(answered, errors.GatedRepoError):
+        return WeightsError(
+            f"{repository} is gated, and the account that is logged in has not accepted its licence, or has no access "
+            f"yet: see {SITE}/{repository}"
+        )
+    return WeightsError(
+        f"{repository} cannot be fetched: the token that is set here may not read it; see {SITE}/settings/tokens"
+    )
 
 
 def _first(error: BaseException) -> str:

@@ -25,8 +25,6 @@ PACKAGED = Path(__file__).parent / "weights"
 CHECKED_OUT = Path(__file__).parent.parent / "weights"
 """Where it is in a checkout, and so for an editable install."""
 KINDS = ("model", "controlnet", "vae", "lora", "adapter", "annotator", "safety checker")
-FAMILIES = ("flux",)
-"""Those this version runs."""
 _REPOSITORY = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:/(?P<file>.+))?")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -112,12 +110,10 @@ class Manifest:
         """
         if self.kind != "model":
             raise UnknownModel(f"{self.name} is a {self.kind} and no model: load a model; see `flux-engine models`")
-        if self.family not in FAMILIES:
-            raise UnsupportedError(f"{self.name} is of the family {self.family}; this version runs {FAMILIES[0]} only")
         if self.spec not in SPECS:
             raise WeightsError(f"{self.name}: its manifest names the spec {self.spec!r}; known are {', '.join(SPECS)}")
         spec = replace(SPECS[self.spec], name=self.name)
-        if spec.transformer.in_channels != 4 * spec.vae.latent_channels:
+        if spec.needs_picture:
             raise UnsupportedError(
                 f"{self.name} reads a picture beside the prompt, which a request of this version cannot give it"
             )
@@ -182,39 +178,55 @@ class Repository:
     file: str | None
 
 
-def refer(name: str, extra: Path | None = None) -> Manifest | Path | Repository:
+def refer(name: str, known: Mapping[str, Manifest]) -> Manifest | Path | Repository:
     """What a model name stands for: a manifest by its own name or by its repository's; a path; OWNER/NAME or
     OWNER/NAME/FILE on the hub. Nothing is fetched.
 
     Raises UnknownModel, with the nearest names, for one that can be none of these, WeightsError for a path to nothing.
     """
-    known = manifests(extra)
+    if not isinstance(name, str):  # a caller's slip that Python lets pass
+        raise UnknownModel(f"a model is named by a text or a path, not by {name!r}")
+    if name not in known:
+        path = _path(name)
+        if name and _lies_here(path):
+            return path
+        published = [m for m in known.values() if m.kind == "model" and m.repository and m.repository == name]
+        if published:
+            return published[0]
+        match = _REPOSITORY.fullmatch(name)
+        if name.startswith((".", "/", "~")) or (name.endswith(".safetensors") and not (match and match["file"])):
+            raise WeightsError(f"{path} does not exist")
+        if match:
+            return Repository(match["repository"], match["file"])
+    return find(name, known, more="; or a path, or OWNER/NAME on the Hugging Face hub")
+
+
+def find(name: str, known: Mapping[str, Manifest] | None = None, *, more: str = "") -> Manifest:
+    """A manifest by its name, of the packaged ones by default.
+
+    Raises UnknownModel with the nearest names; `more` is what else the name might have been.
+    """
+    known = manifests() if known is None else known
     if name in known:
         return known[name]
-    path = Path(name).expanduser()
-    if name and "\0" not in name and (path.exists() or path.is_symlink()):
-        return path
-    published = [m for m in known.values() if m.kind == "model" and m.repository and m.repository == name]
-    if published:
-        return published[0]
-    match = _REPOSITORY.fullmatch(name)
-    if name.startswith((".", "/", "~")) or (name.endswith(".safetensors") and not (match and match["file"])):
-        raise WeightsError(f"{path} does not exist")
-    if match:
-        return Repository(match["repository"], match["file"])
     models = [m.name for m in known.values() if m.kind == "model"]
-    raise UnknownModel(
-        f"no model {name!r}{did_you_mean(name, known)} Known: {', '.join(models) or 'none'}; or a path, or "
-        "OWNER/NAME on the Hugging Face hub"
-    )
+    raise UnknownModel(f"no model {name!r}{did_you_mean(name, known)} Known: {', '.join(models) or 'none'}{more}")
 
 
-def find(name: str, extra: Path | None = None) -> Manifest:
-    """A manifest by its name. Raises UnknownModel with the nearest names."""
-    known = manifests(extra)
-    if name in known:
-        return known[name]
-    raise UnknownModel(f"no manifest {name!r}{did_you_mean(name, known)} Known: {', '.join(known) or 'none'}")
+def _path(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # of a user who does not exist
+        return Path(name)
+
+
+def _lies_here(path: Path) -> bool:
+    """Also a link that leads nowhere."""
+    try:
+        path.lstat()
+    except (OSError, ValueError):  # also a name that is too long for one, or has a zero byte
+        return False
+    return True
 
 
 def _files_of(name: str, read: Mapping[str, tuple[Manifest, str | None]]) -> dict[str, WeightFile]:

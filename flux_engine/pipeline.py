@@ -56,7 +56,7 @@ class Output:
 class Pipeline:
     """Runs jobs on one model. Keeps nothing of a request but the text encoder's cache."""
 
-    def __init__(self, family: Family) -> None:
+    def __init__(self, family: Family[Any]) -> None:
         self.family = family
 
     @torch.inference_mode()
@@ -145,8 +145,8 @@ class Pipeline:
         dtype = str(vae.dtype).removeprefix("torch.")
         if not latent.isfinite().all():
             raise NumericalError(
-                f"the network's own numbers ran over in {str(self.family.net.dtype).removeprefix('torch.')}: the latent "
-                "is not finite. Load the model with dtype='bfloat16' or 'float32'"
+                f"the network's own numbers ran over in {str(self.family.net.dtype).removeprefix('torch.')}: the "
+                "latent is not finite. Load the model with dtype='bfloat16' or 'float32'"
             )
         picture = copy.deepcopy(vae).float().decode(latent)[0].cpu()
         if not picture.isfinite().all():

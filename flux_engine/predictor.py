@@ -57,7 +57,7 @@ class Predictor:
         """
         self.schema = find_schema(schema)
         self.model = model or schema
-        hub.refer(self.model, EngineConfig.from_environment().weights)
+        hub.refer(self.model, hub.manifests(EngineConfig.from_environment().weights))
         self.device, self.dtype = device, dtype
         self.output_dir = output_dir
         self.say = say

@@ -1,6 +1,6 @@
-"""Weights in prompts, as AUTOMATIC1111's web UI has them.
+r"""Weights in prompts, as AUTOMATIC1111's web UI has them.
 
-`(word)` counts 1.1 times as much, `(word:1.3)` 1.3 times, `[word]` 1 / 1.1 times, and they nest; `\\(` is a bracket.
+`(word)` counts 1.1 times as much, `(word:1.3)` 1.3 times, `[word]` 1 / 1.1 times, and they nest; `\(` is a bracket.
 """
 
 from __future__ import annotations

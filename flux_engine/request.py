@@ -45,8 +45,8 @@ class Request:
     num_outputs: int = 1
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
-    """Strength of guidance: of the embedding of guidance-distilled models (FLUX.1 dev, LCM), of classifier-free guidance
-    with SDXL, where up to 1 is off."""
+    """Strength of guidance: of the embedding of guidance-distilled models (FLUX.1 dev, LCM), or of classifier-free
+    guidance with SDXL, where up to 1 is off."""
     true_cfg_scale: float | None = None
     """Scale of true classifier-free guidance for models that are not SDXL; 1 is off. Default: on if there is a negative
     prompt."""
@@ -226,9 +226,8 @@ class Request:
     def _told(self, spec: ModelSpec, width: int, height: int, notes: list[str]) -> SizesTold | None:
         pairs = ("original_size", "crop_top_left", "target_size")
         if not isinstance(spec, SDXLSpec):
-            for name in (*pairs, "prompt_weights", "prompt_chunks"):
-                if getattr(self, name):
-                    notes.append(f"{name} ignored: {spec.name} has no use for it")
+            given = [name for name in (*pairs, "prompt_weights", "prompt_chunks") if getattr(self, name)]
+            notes += [f"{name} ignored: {spec.name} has no use for it" for name in given]
             return None
         for name in ("prompt_weights", "prompt_chunks"):
             if not isinstance(getattr(self, name), bool):

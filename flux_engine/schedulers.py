@@ -123,6 +123,16 @@ def scheduler_config(params: DiffusionSchedule, name: str) -> dict[str, Any]:
     }
 
 
+def scheduler_name(config: Mapping[str, Any]) -> str | None:
+    """The published name of what a scheduler_config.json describes; None if it has none."""
+    named = {
+        name
+        for name, (class_name, changes) in _CLASSES.items()
+        if config.get("_class_name") == class_name and all(config.get(key) == value for key, value in changes.items())
+    }
+    return max(named, key=lambda name: len(_CLASSES[name][1]), default=None)
+
+
 class Diffusers:
     """One of diffusers' schedulers, set for one request or for its part of one.
 

@@ -104,9 +104,7 @@ class UNetParams:
         """
         levels = _count(shapes, "down_blocks.")
         channels = tuple(_shape(shapes, f"down_blocks.{i}.resnets.0.conv1.weight")[0] for i in range(levels))
-        depth = tuple(
-            _count(shapes, f"down_blocks.{i}.attentions.0.transformer_blocks.") for i in range(levels)
-        )
+        depth = tuple(_count(shapes, f"down_blocks.{i}.attentions.0.transformer_blocks.") for i in range(levels))
         return cls(
             in_channels=_shape(shapes, "conv_in.weight")[1],
             out_channels=_shape(shapes, "conv_out.weight")[0],
@@ -115,9 +113,7 @@ class UNetParams:
             mid_depth=_count(shapes, "mid_block.attentions.0.transformer_blocks."),
             layers_per_block=_count(shapes, "down_blocks.0.resnets."),
             head_dim=gcd(64, *channels),
-            cross_attention_dim=_shape(
-                shapes, "mid_block.attentions.0.transformer_blocks.0.attn2.to_kv.weight"
-            )[1],
+            cross_attention_dim=_shape(shapes, "mid_block.attentions.0.transformer_blocks.0.attn2.to_kv.weight")[1],
             add_embed_dim=_shape(shapes, "add_embedding.linear_1.weight")[1],
             norm_groups=gcd(32, *channels),
             guidance_embed="time_embedding.cond_proj.weight" in shapes,
@@ -269,6 +265,11 @@ class ModelSpec:
     true_cfg_scale: float = 1.0
     """Default scale of classifier-free guidance when a negative prompt is given, where `guidance_scale` is not it."""
 
+    @property
+    def needs_picture(self) -> bool:
+        """Whether the network reads a picture beside the latent."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True, kw_only=True)
 class FluxSpec(ModelSpec):
@@ -279,6 +280,10 @@ class FluxSpec(ModelSpec):
     schedule: FlowSchedule
     max_sequence_length: int
     """T5 tokens a prompt is padded or cut to."""
+
+    @property
+    def needs_picture(self) -> bool:
+        return self.transformer.in_channels != 4 * self.vae.latent_channels
 
 
 SCHEDULERS = (
@@ -310,6 +315,10 @@ class SDXLSpec(ModelSpec):
     """The refiner's: it is told a score instead of the target size, and has the second text encoder only."""
     refiner: SDXLSpec | None = None
     """The refiner that was loaded with it."""
+
+    @property
+    def needs_picture(self) -> bool:
+        return self.unet.in_channels != self.vae.latent_channels
 
 
 FLUX_SCHNELL = FluxSpec(
@@ -380,9 +389,7 @@ DEMO_SCHNELL = replace(
 SDXL = SDXLSpec(
     name="sdxl",
     unet=UNetParams(),
-    vae=VAEParams(
-        latent_channels=4, scaling_factor=0.13025, shift_factor=0.0, quant_conv=True, force_upcast=True
-    ),
+    vae=VAEParams(latent_channels=4, scaling_factor=0.13025, shift_factor=0.0, quant_conv=True, force_upcast=True),
     schedule=DiffusionSchedule(),
     sizes=SizeTable(multiple=8),
     num_inference_steps=50,
@@ -433,7 +440,7 @@ SDXL_LCM = replace(
     guidance_embedded=True,
 )
 
-# Draws at a quarter of the published sizes, and predicts v: with noise alone to see, noise says nothing about a picture.
+# Draws at a quarter of the published sizes. Predicts v: at pure noise, predicting noise says nothing of a picture.
 DEMO_SDXL = replace(
     SDXL,
     name="demo-sdxl",
@@ -446,7 +453,7 @@ DEMO_SDXL = replace(
         add_embed_dim=32 + 6 * 256,
     ),
     vae=VAEParams(
-        latent_channels=4, channels=16, norm_groups=8, scaling_factor=0.13025, shift_factor=0.0, quant_conv=True
+        latent_channels=4, channels=16, norm_groups=8, scaling_factor=0.24, shift_factor=0.0, quant_conv=True
     ),
     schedule=DiffusionSchedule(prediction_type="v_prediction"),
     sizes=SizeTable(divisor=4, multiple=8, min_side=32, max_side=512, max_pixels=512 * 512),

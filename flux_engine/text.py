@@ -29,6 +29,11 @@ from transformers import (
 from flux_engine.checkpoints.detect import pick
 from flux_engine.checkpoints.load import load_module
 from flux_engine.checkpoints.source import WeightSource
+from flux_engine.errors import WeightsError
+
+Config = TypeVar("Config", CLIPTextConfig, T5Config)
+VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
+"""Files that a tokenizer's pieces are in."""
 
 Key = TypeVar("Key")
 
@@ -85,7 +90,7 @@ def load_clip(
 ) -> Any:
     """One of transformers' text models, from the files of a part. Of several in a file it is the one that is as wide as
     the part's config says."""
-    config = CLIPTextConfig.from_json_file(files[f"{part}/config.json"])
+    config = read_config(CLIPTextConfig, files[f"{part}/config.json"])
 
     def stored(name: str) -> str:
         # Published files say `text_model.` before every name; newer versions of transformers do not.
@@ -93,6 +98,7 @@ def load_clip(
 
     with WeightSource.open(files[part]) as file:
         source = pick(file, "clip", width=config.hidden_size)
+        check_depth(config, source)
         clip = load_module(lambda: kind(config), source, dtype=dtype, device=device, rename=stored)
     positions = torch.arange(config.max_position_embeddings, device=device)
     for name, _ in list(clip.named_buffers()):  # the one buffer that no file stores
@@ -132,23 +138,28 @@ class FluxTextEncoder:
         device: torch.device,
         cache_size: int = 64,
     ) -> FluxTextEncoder:
-        """Read both encoders and their tokenizers: four folders as Hugging Face repositories hold them."""
+        """Read both encoders and their tokenizers: four folders as Hugging Face repositories hold them.
+
+        Raises WeightsError for what is not whole.
+        """
         # float16 overflows inside T5, which was trained in bfloat16 (huggingface/candle issue 2480).
         dtype = torch.float32 if dtype == torch.float16 else dtype
         clip = load_clip(files, "text_encoder", CLIPTextModel, dtype=dtype, device=device)
-        t5_config = T5Config.from_json_file(files["text_encoder_2/config.json"])
+        t5_config = read_config(T5Config, files["text_encoder_2/config.json"])
         with WeightSource.open(files["text_encoder_2"]) as file:
+            source = pick(file, "t5")
+            check_depth(t5_config, source)
             t5 = load_module(
                 lambda: T5EncoderModel(t5_config),
-                pick(file, "t5"),
+                source,
                 dtype=dtype,
                 device=device,
                 tied={"encoder.embed_tokens.weight": "shared.weight"},
             )
         return cls(
-            CLIPTokenizer.from_pretrained(files["tokenizer"]),
+            load_tokenizer(CLIPTokenizer, files["tokenizer"], clip.config.vocab_size),
             clip,
-            T5Tokenizer.from_pretrained(files["tokenizer_2"]),
+            load_tokenizer(T5Tokenizer, files["tokenizer_2"], t5_config.vocab_size),
             t5,
             max_sequence_length=max_sequence_length,
             cache_size=cache_size,
@@ -183,3 +194,38 @@ class FluxTextEncoder:
         pooled = self.clip(clip_ids.to(self.clip.device)).pooler_output
         tokens = self.t5(t5_ids.to(self.t5.device)).last_hidden_state
         return TextCond(tokens, pooled)
+
+
+def read_config(kind: type[Config], path: Path) -> Config:
+    """An encoder's config. Raises WeightsError for what is none."""
+    try:
+        return kind.from_json_file(path)
+    except Exception as error:  # noqa: BLE001  of many types, and none that they share
+        raise WeightsError(f"{path} cannot be used: {_short(error)}") from None
+
+
+def check_depth(config: CLIPTextConfig | T5Config, source: WeightSource) -> None:
+    """Raises WeightsError if a config asks for more layers than there are tensors: making them would take for ever."""
+    if config.num_hidden_layers > len(source.recipes):
+        raise WeightsError(
+            f"the config asks for {config.num_hidden_layers:,} layers, more than {source.path} has tensors"
+        )
+
+
+def load_tokenizer(kind: type[PreTrainedTokenizerBase], folder: Path, pieces: int) -> PreTrainedTokenizerBase:
+    """Raises WeightsError for a folder without a vocabulary, of which transformers makes a tokenizer that knows no
+    word, and for one that cannot be read or has more pieces than the encoder.
+    """
+    if not any(all((folder / name).is_file() for name in names) for names in VOCABULARIES):
+        raise WeightsError(f"{folder} is not a tokenizer: it lacks {' or '.join(map(' and '.join, VOCABULARIES))}")
+    try:
+        tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # noqa: BLE001  the same
+        raise WeightsError(f"{folder} cannot be read as a tokenizer: {_short(error)}") from None
+    if len(tokenizer) > pieces:
+        raise WeightsError(f"{folder} has {len(tokenizer):,} pieces, and its text encoder {pieces:,}")
+    return tokenizer
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

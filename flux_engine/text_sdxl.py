@@ -19,7 +19,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from flux_engine.errors import WeightsError
 from flux_engine.prompts import Piece, weighted
-from flux_engine.text import Cache, TextCond, load_clip
+from flux_engine.text import Cache, TextCond, load_clip, load_tokenizer
 
 LENGTH = 77
 """Tokens of a chunk, with the one that begins and the one that ends it."""
@@ -83,19 +83,18 @@ class SDXLTextEncoder:
         cls,
         files: Mapping[str, Path],
         *,
-        both: bool,
         dtype: torch.dtype,
         device: torch.device,
         cache_size: int = 64,
     ) -> SDXLTextEncoder:
-        """Read the encoders and their tokenizers. `both` is false for the refiner, which has the second one only."""
+        """Read both encoders and their tokenizers. Raises WeightsError for what is not whole."""
         readers: list[Reader] = []
         for part, folder, kind in (
             ("text_encoder", "tokenizer", CLIPTextModel),
             ("text_encoder_2", "tokenizer_2", CLIPTextModelWithProjection),
-        )[0 if both else 1 :]:
+        ):
             clip = load_clip(files, part, kind, dtype=dtype, device=device)
-            readers.append(Reader(CLIPTokenizer.from_pretrained(files[folder]), clip))
+            readers.append(Reader(load_tokenizer(CLIPTokenizer, files[folder], clip.config.vocab_size), clip))
         return cls(readers, cache_size=cache_size)
 
     def second(self) -> SDXLTextEncoder:
@@ -103,8 +102,10 @@ class SDXLTextEncoder:
         return SDXLTextEncoder(self.readers[-1:], cache_size=self._cache.size)
 
     def encode(self, prompts: Sequence[str | None], *, weights: bool = False, chunks: bool = False) -> TextCond:
-        """Encode prompts, a row for each; None is zeros. What is over 77 tokens is not read unless in `chunks`: then all
-        have as many chunks as the longest."""
+        """Encode prompts, a row for each; None is zeros.
+
+        What is over 77 tokens is not read, unless in `chunks`: then all have as many as the longest.
+        """
         count = max((self.chunk_count(prompt, weights) for prompt in prompts if prompt), default=1) if chunks else 1
         rows: list[TextCond] = []
         for prompt in prompts:
@@ -120,6 +121,11 @@ class SDXLTextEncoder:
     def tokens_over(self, prompt: str, weights: bool = False) -> int:
         """By how many tokens a prompt is over one chunk; 0 if it fits."""
         return max(0, max(map(len, self._tokens(prompt, weights))) - (LENGTH - 2))
+
+    @property
+    def width(self) -> int:
+        """Of the tokens."""
+        return sum(reader.table.embedding_dim for reader in self.readers)
 
     @property
     def limit(self) -> int:

@@ -27,8 +27,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from flux_engine.specs import MEGAPIXELS  # noqa: E402
 from training import export, flux, latents, text, unet, vae  # noqa: E402
+
+from flux_engine.specs import MEGAPIXELS  # noqa: E402
 
 
 def main() -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 import flux_engine
 from flux_engine.engine import Engine
@@ -49,3 +53,14 @@ def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
 def latent_error(a: torch.Tensor, b: torch.Tensor) -> float:
     """Relative L2 of two latents."""
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def in_shards(folder: Path, tensors: dict[str, Tensor]) -> Path:
+    """A folder as diffusers writes it, with two shards."""
+    names, files = sorted(tensors), [f"x-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    halves = names[::2], names[1::2]
+    for file, half in zip(files, halves, strict=True):
+        save_file({name: tensors[name] for name in half}, folder / file)
+    where = {name: file for file, half in zip(files, halves, strict=True) for name in half}
+    (folder / "x.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return folder

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -33,16 +35,9 @@ def load(name: object, **options: str) -> Engine:
     return flux_engine.load(str(name), device="cpu", dtype="float32", offline=True, **options)
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "small"
-    assert cli.main(["convert", "demo-schnell", str(folder)]) == 0
-    return folder
-
-
-def test_the_same_model_by_every_kind_of_name(engine: Engine, exported: Path, tmp_path: Path) -> None:
-    expected = latent(engine)
-    everything = {
+def everything() -> dict[str, Tensor]:
+    """All parts of the demo model as one file of ComfyUI's holds them."""
+    return {
         prefix + name: tensor
         for prefix, path in (
             ("model.diffusion_model.", PARTS["transformer"]),
@@ -52,12 +47,41 @@ def test_the_same_model_by_every_kind_of_name(engine: Engine, exported: Path, tm
         )
         for name, tensor in load_file(path).items()
     }
-    save_file(everything, tmp_path / "all.safetensors")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "small"
+    assert cli.main(["convert", "demo-schnell", str(folder)]) == 0
+    return folder
+
+
+def test_the_same_model_by_every_kind_of_name(engine: Engine, exported: Path, tmp_path: Path) -> None:
+    expected = latent(engine)
+    save_file(everything(), tmp_path / "all.safetensors")
     for name in (PARTS["transformer"], exported, exported / "transformer", tmp_path / "all.safetensors"):
         loaded = load(name)
         assert torch.equal(latent(loaded), expected), name
         assert (loaded.spec.sizes, loaded.spec.num_inference_steps) == (engine.spec.sizes, 4)
         assert loaded.spec.schedule == engine.spec.schedule
+
+
+@pytest.mark.parametrize(
+    ("prefix", "other", "words"),
+    [
+        ("text_encoders.clip_l.transformer.", "text_encoders.clip_g.transformer.", "a CLIP text encoder under each of"),
+        ("text_encoders.t5xxl.transformer.", "", "a T5 text encoder under each of"),
+        ("vae.", "first_stage_model.", "an autoencoder under each of"),
+        ("model.diffusion_model.", "ema.", "a FLUX.1 transformer under each of"),
+    ],
+)
+def test_two_parts_of_a_kind_in_one_file(tmp_path: Path, prefix: str, other: str, words: str) -> None:
+    tensors = everything()
+    again = {other + n.removeprefix(prefix): t.clone() for n, t in tensors.items() if n.startswith(prefix)}
+    save_file(tensors | again, tmp_path / "x.safetensors")
+    with pytest.raises(WeightsError, match=words) as caught:
+        load(tmp_path / "x.safetensors")
+    assert prefix in str(caught.value) and (other or "no prefix") in str(caught.value)
 
 
 def test_a_guided_transformer_is_taken_for_what_it_is(tmp_path: Path) -> None:
@@ -106,8 +130,7 @@ def test_convert_writes_whole_or_not_at_all(engine: Engine, tmp_path: Path) -> N
         ("nothing.safetensors", WeightsError, "does not exist"),
         ("owner/nothing", WeightsError, "nothing is fetched offline"),
         ("a/b\0", UnknownModel, "no model"),
-        ("sdxl", UnsupportedError, "of the family sdxl"),
-        ("stabilityai/sdxl-turbo", UnsupportedError, "sdxl-turbo is of the family sdxl"),
+        ("sdxl-inpainting", UnsupportedError, "reads a picture beside the prompt"),
         ("flux-fill-dev", UnsupportedError, "reads a picture beside the prompt"),
         ("falconsai-nsfw", UnknownModel, "is a safety checker and no model"),
         (PARTS["vae"], WeightsError, "it holds an autoencoder"),
@@ -161,6 +184,69 @@ def test_a_repository_is_read_from_a_cache_made_by_hand(
         load("owner/small", revision="v2")
 
 
+def test_a_cache_of_symlinks(engine: Engine, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the hub's library keeps it: a snapshot is links to files that are called by their hashes."""
+    from huggingface_hub import constants
+
+    repository, commit = tmp_path / "models--owner--small", "1" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "blobs").mkdir()
+    snapshot = shutil.copytree(exported, repository / "snapshots" / commit)
+    for number, path in enumerate(sorted(p for p in snapshot.rglob("*") if p.is_file())):
+        blob = path.rename(repository / "blobs" / f"{number:064x}")
+        path.symlink_to(os.path.relpath(blob, path.parent))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    for name in ("owner/small", snapshot, snapshot / "transformer"):
+        assert torch.equal(latent(load(name)), latent(engine)), name
+    (snapshot / "vae" / "diffusion_pytorch_model.safetensors").resolve().unlink()
+    with pytest.raises(WeightsError, match=r"vae/diffusion_pytorch_model\.safetensors"):
+        load(snapshot)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("tokenizer/tokenizer.json", None, r"tokenizer is not a tokenizer: it lacks tokenizer\.json"),
+        ("tokenizer_2/tokenizer.json", "{", "tokenizer_2 cannot be read as a tokenizer"),
+        ("tokenizer_2/tokenizer_config.json", None, "tokenizer_2 has 386 pieces, and its text encoder 286"),
+        ("tokenizer/tokenizer_config.json", "[]", "tokenizer cannot be read as a tokenizer"),
+        ("text_encoder/config.json", "", r"text_encoder/config\.json cannot be used"),
+        ("text_encoder/config.json", '{"vocab_size": 9}', "tensors? .*of another shape"),
+        ("text_encoder/config.json", '{"num_hidden_layers": 100000000}', "asks for 100,000,000 layers"),
+        ("text_encoder_2/config.json", '{"d_model": "x"}', r"text_encoder_2/config\.json cannot be used"),
+        ("text_encoder_2/config.json", '{"d_model": -3}', "no network can be made as it is described"),
+        ("text_encoder_2/config.json", '{"d_model": 1' + 18 * "0" + "}", "no network can be made as it is described"),
+        ("vae/config.json", '{"norm_num_groups": 0}', "no network can be made as it is described"),
+        ("vae/config.json", "[]", "is not a JSON object"),
+    ],
+)
+def test_damaged_folders(exported: Path, tmp_path: Path, file: str, content: str | None, words: str) -> None:
+    folder = shutil.copytree(exported, tmp_path / "x")
+    (folder / file).unlink()
+    if content is not None:
+        (folder / file).write_text(content)
+    with pytest.raises(WeightsError, match=words):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "inside",
+    ["", "transformer", "transformer/diffusion_pytorch_model.safetensors", "text_encoder", "text_encoder/config.json",
+     "tokenizer", "tokenizer/tokenizer.json", "scheduler", "scheduler/scheduler_config.json", "vae/config.json"],
+)  # fmt: skip
+@pytest.mark.parametrize("loop", [True, False])
+def test_symlinks_that_lead_nowhere(exported: Path, tmp_path: Path, inside: str, loop: bool) -> None:
+    """In a loop, or to what is gone: never an error without a name, never another model's part in its place."""
+    folder = tmp_path / "x"
+    shutil.copytree(exported, folder)
+    at = folder / inside
+    shutil.rmtree(at) if at.is_dir() else at.unlink()
+    at.symlink_to(at if loop else "gone")
+    with pytest.raises(WeightsError, match=re.escape(str(folder / inside.partition("/")[0]))):
+        load(folder)
+
+
 def test_revisions_and_variants_of_what_has_none(exported: Path) -> None:
     with pytest.raises(WeightsError, match="comes with the package and has no revision"):
         load("demo-schnell", revision="v2")
@@ -206,7 +292,7 @@ def test_a_base_that_cannot_be(tmp_path: Path, base: str) -> None:
     text = f'base = "{base}"\nspec = "flux-dev"\ndescription = ""\nlicence = ""\nsource = ""\n[files]\n'
     (tmp_path / "manifests" / "x.toml").write_text(text)
     with pytest.raises(WeightsError, match="the manifest x stands on"):
-        hub.find("x", tmp_path)
+        hub.find("x", hub.manifests(tmp_path))
 
 
 def test_a_model_put_together_by_a_manifest(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import in_shards
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -49,17 +49,6 @@ def under(prefix: str, tensors: Mapping[str, Tensor]) -> Tensors:
 def one_file(path: Path, tensors: Tensors) -> Path:
     save_file(tensors, path / "x.safetensors")
     return path / "x.safetensors"
-
-
-def in_shards(path: Path, tensors: Tensors) -> Path:
-    """A folder as diffusers writes it, with two shards."""
-    names, files = sorted(tensors), [f"x-0000{n}-of-00002.safetensors" for n in (1, 2)]
-    halves = names[::2], names[1::2]
-    for file, half in zip(files, halves, strict=True):
-        save_file({name: tensors[name] for name in half}, path / file)
-    where = {name: file for file, half in zip(files, halves, strict=True) for name in half}
-    (path / "x.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    return path
 
 
 def all_in_one(path: Path, tensors: Tensors) -> Path:

@@ -17,6 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import in_shards
+from safetensors.torch import load_file
+
+from flux_engine import hub as models
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CONTENT = bytes(range(256)) * 100_000
@@ -38,10 +42,12 @@ except FluxEngineError as error:
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves one file of `owner/model`, and the ways not to."""
+    """Serves a few files, and the ways not to."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
+        self.files = {"owner/model": {"x.safetensors": CONTENT}}
+        """Of each repository, by name."""
         self.requests: list[tuple[str, str | None]] = []
         """Of every GET, the path and the range asked for."""
         self.break_off = 0
@@ -63,9 +69,13 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(body=True)
 
     def _answer(self, *, body: bool) -> None:
+        token = self.headers.get("Authorization")
+        if token not in (None, "Bearer good"):
+            return self._refuse(401, "Nothing", "Invalid credentials in Authorization header")
         listed = re.fullmatch(r"/api/models/(\w+/\w+)/tree/(\w+)\?.*", self.path)
-        if listed and listed.groups() == ("owner/model", "main"):
-            return self._send(json.dumps([{"type": "file", "path": "x.safetensors", "size": len(CONTENT), "oid": "1"}]))
+        if listed and listed[1] in self.server.files and listed[2] == "main":
+            files = self.server.files[listed[1]].items()
+            return self._send(json.dumps([{"type": "file", "path": n, "size": len(c), "oid": "1"} for n, c in files]))
         if listed:
             return self._refuse(401, "RepoNotFound")
         match = re.fullmatch(r"/(\w+/\w+)/resolve/(\w+)/(.+)", self.path)
@@ -73,24 +83,27 @@ class Handler(BaseHTTPRequestHandler):
             return self._refuse(404, "EntryNotFound")
         repository, revision, file = match.groups()
         if repository == "owner/gated":
-            return self._refuse(403, "GatedRepo")
+            return self._refuse(403 if token else 401, "GatedRepo")
+        if repository == "owner/forbidden":
+            return self._refuse(403, "Nothing", "this token may not read here")
         if repository == "owner/broken":
             return self._refuse(500, "Nothing")
-        if repository != "owner/model":
+        if repository not in self.server.files:
             return self._refuse(401, "RepoNotFound")
         if revision not in ("main", COMMIT):
             return self._refuse(404, "RevisionNotFound")
-        if file != "x.safetensors":
+        content = self.server.files[repository].get(file)
+        if content is None:
             return self._refuse(404, "EntryNotFound")
         asked = self.headers.get("Range")
         begin = int(asked.removeprefix("bytes=").split("-")[0]) if asked else 0
-        part = CONTENT[begin:]
+        part = content[begin:]
         self.send_response(206 if asked else 200)
         self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("ETag", f'"{hashlib.sha256(CONTENT).hexdigest()}"')
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
         self.send_header("Accept-Ranges", "bytes")
         if asked:
-            self.send_header("Content-Range", f"bytes {begin}-{len(CONTENT) - 1}/{len(CONTENT)}")
+            self.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")
         self.send_header("Content-Length", str(len(part)))
         self.end_headers()
         if body:
@@ -108,9 +121,10 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(text.encode())
 
-    def _refuse(self, status: int, code: str) -> None:
+    def _refuse(self, status: int, code: str, words: str = "") -> None:
         self.send_response(status)
         self.send_header("X-Error-Code", code)
+        self.send_header("X-Error-Message", words)
         self.send_header("Content-Length", "0")
         self.end_headers()
 
@@ -138,11 +152,15 @@ class Client:
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "HF_HUB_OFFLINE": "0",
         }
+        self.environment.pop("HF_TOKEN", None)
 
     def start(
         self, repository: str = "owner/model", file: str = "x.safetensors", revision: str = "main", how: str = "online"
     ) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", PROGRAM, repository, file, revision, how]
+        return self.run(PROGRAM, repository, file, revision, how)
+
+    def run(self, program: str, *args: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", program, *args]
         return subprocess.Popen(command, env=self.environment, stdout=subprocess.PIPE, text=True)
 
     def fetch(self, *args: str, **kwargs: str) -> tuple[str, str]:
@@ -184,7 +202,7 @@ def test_a_cache_made_by_hand_is_used_offline(client: Client) -> None:
 @pytest.mark.parametrize(
     ("args", "kind", "words"),
     [
-        (("owner/gated",), "WeightsError", "owner/gated is gated: accept its licence at https://huggingface.co/owner/gated"),
+        (("owner/gated",), "WeightsError", "accept its licence at https://huggingface.co/owner/gated, then log in"),
         (("owner/nothing",), "UnknownModel", "there is no repository 'owner/nothing'"),
         (("owner/model", "y.safetensors"), "WeightsError", "owner/model at main has no file 'y.safetensors'"),
         (("owner/model", "x.safetensors", "v9"), "UnknownModel", "owner/model has no revision 'v9'"),
@@ -196,6 +214,28 @@ def test_each_way_to_fail_is_said(client: Client, args: tuple[str, ...], kind: s
     told = client.fetch(*args)
     assert told[0] == kind and words in told[1], told
     assert not list(client.home.rglob("snapshots/*/*"))
+
+
+@pytest.mark.parametrize(
+    ("token", "repository", "words"),
+    [
+        ("bad", "owner/model", "the hub does not accept the token that is set here"),
+        ("bad", "owner/gated", "the hub does not accept the token that is set here"),
+        ("good", "owner/gated", "the account that is logged in has not accepted its licence, or has no access yet"),
+        ("good", "owner/forbidden", "the token that is set here may not read it"),
+    ],
+)
+def test_tokens(client: Client, token: str, repository: str, words: str) -> None:
+    client.environment["HF_TOKEN"] = token
+    for file in ("x.safetensors", "*") if repository == "owner/model" else ("x.safetensors",):
+        kind, told = client.fetch(repository, file)
+        assert kind == "WeightsError" and words in told, told
+    assert not list(client.home.rglob("snapshots/*/*"))
+
+
+def test_a_good_token(client: Client) -> None:
+    client.environment["HF_TOKEN"] = "good"
+    assert client.fetch()[0] == "file"
 
 
 def test_a_server_that_fails_and_none_at_all(hub: Hub, tmp_path: Path) -> None:
@@ -233,6 +273,36 @@ def test_the_files_of_a_repository_are_listed(client: Client) -> None:
     assert client.fetch(file="*", how="offline") == ("files", "x.safetensors")
     kind, words = client.fetch("owner/nothing", file="*")
     assert kind == "UnknownModel" and "there is no repository 'owner/nothing'" in words, words
+
+
+SHARDS = """
+import json, sys, torch
+from pathlib import Path
+from flux_engine import EngineConfig, FluxEngineError
+from flux_engine.assemble import find_model
+from flux_engine.checkpoints.source import WeightSource
+from safetensors.torch import load_file
+try:
+    path = find_model("owner/shards", EngineConfig()).parts["transformer"]
+    given = load_file(sys.argv[1])
+    with WeightSource.open(path) as source:
+        same = set(source.recipes) == set(given) and all(torch.equal(source.rows(n), t) for n, t in given.items())
+    print(json.dumps([path.name, str(same)]))
+except FluxEngineError as error:
+    print(json.dumps([type(error).__name__, str(error)]))
+"""
+
+
+def test_a_repository_in_shards_is_fetched_whole(hub: Hub, client: Client, tmp_path: Path) -> None:
+    given = models.find("demo-schnell").obtain()["transformer"]
+    (tmp_path / "there").mkdir()
+    there = in_shards(tmp_path / "there", load_file(given))
+    files = hub.files["owner/shards"] = {path.name: path.read_bytes() for path in there.iterdir()}
+    missing = files.pop("x-00002-of-00002.safetensors")
+    kind, words = client.answer(client.run(SHARDS, str(given)))
+    assert kind == "WeightsError" and "has no file 'x-00002-of-00002.safetensors'" in words, words
+    files["x-00002-of-00002.safetensors"] = missing
+    assert client.answer(client.run(SHARDS, str(given))) == ("x.safetensors.index.json", "True")
 
 
 def test_a_full_disk(hub: Hub, client: Client) -> None:

@@ -8,9 +8,8 @@ from conftest import latent_error
 from diffusers import FluxPipeline
 
 import flux_engine
-from flux_engine.families import generators_of
 from flux_engine.engine import Engine
-from flux_engine.families import patchify
+from flux_engine.families import generators_of, patchify
 
 
 @pytest.fixture(scope="module", params=["demo-schnell", "demo-dev"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,7 +26,7 @@ def engine() -> Engine:
 
 @pytest.fixture(scope="module")
 def refined() -> Engine:
-    return Engine(sdxl_models.family().with_refiner(sdxl_models.family(sdxl_models.REFINER)))
+    return Engine(sdxl_models.family().refined_by(sdxl_models.family(sdxl_models.REFINER)))
 
 
 @pytest.fixture(scope="module")

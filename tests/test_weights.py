@@ -188,7 +188,7 @@ def test_a_published_model_is_taken_from_the_hubs_cache(tmp_path: Path, monkeypa
     (tmp_path / "manifests" / "small.toml").write_text("\n".join(lines))
     monkeypatch.setenv("FLUX_ENGINE_WEIGHTS", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert hub.find("small", tmp_path).bytes is None
+    assert hub.find("small", hub.manifests(tmp_path)).bytes is None
 
     small, packaged = (
         flux_engine.load(n, device="cpu", dtype="float32", offline=True) for n in ("small", "demo-schnell")

@@ -165,5 +165,6 @@ def pick(source: WeightSource, kind: Kind, *, width: int | None = None) -> Weigh
     if not found:
         raise WeightsError(f"{source.path} is not {NAMES[kind]}: it holds {what_is(source)}")
     if len(found) > 1:
-        raise WeightsError(f"{source.path} holds {NAMES[kind]} under each of {', '.join(p.prefix for p in found)}")
+        prefixes = ", ".join(part.prefix or "no prefix" for part in found)
+        raise WeightsError(f"{source.path} holds {NAMES[kind]} under each of {prefixes}: keep the one that is meant")
     return found[0].of(source)

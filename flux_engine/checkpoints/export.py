@@ -144,11 +144,13 @@ def text_model(clip: PreTrainedModel) -> Exported:
 
 
 def t5_model(t5: PreTrainedModel) -> Exported:
+    """T5, whose table of pieces has two names and is stored once."""
     tensors = {name: v for name, v in t5.state_dict().items() if name != "encoder.embed_tokens.weight"}
     return Exported("transformers", "T5EncoderModel", t5.config.to_dict(), tensors)
 
 
 def autoencoder(vae: AutoEncoder) -> Exported:
+    """The autoencoder, as diffusers has it."""
     return Exported("diffusers", "AutoencoderKL", vae_config(vae.params), vae_tensors(vae))
 
 

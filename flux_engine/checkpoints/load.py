@@ -31,8 +31,11 @@ def load_module(
     parameter into the file's. `tied` maps a parameter to the one whose storage it shares and which alone is stored.
     Raises WeightsError listing every tensor that is missing, left over or of another shape; then nothing was placed.
     """
-    with torch.device("meta"):
-        module = make()
+    try:
+        with torch.device("meta"):
+            module = make()
+    except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
+        raise WeightsError(f"{source.path}: no network can be made as it is described: {error}") from None
     tied = tied or {}
     wanted = {
         name: (rename(name), tuple(tensor.shape)) for name, tensor in module.state_dict().items() if name not in tied

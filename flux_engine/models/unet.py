@@ -368,6 +368,8 @@ def guidance_embedding(scale: Tensor, dim: int) -> Tensor:
     Source: latent consistency models (arXiv 2310.04378): of (scale - 1) times 1000.
     """
     half = dim // 2
-    frequency = torch.exp(torch.arange(half, dtype=torch.float32, device=scale.device) * -(math.log(10_000) / (half - 1)))
+    frequency = torch.exp(
+        torch.arange(half, dtype=torch.float32, device=scale.device) * -(math.log(10_000) / (half - 1))
+    )
     angle = ((scale.float() - 1) * 1000)[:, None] * frequency
     return torch.cat((angle.sin(), angle.cos()), dim=-1)

@@ -65,8 +65,8 @@ class Traced(nn.Module):
         channels = unet.params.block_out_channels
         self.heads = hints.Heads(channels[2], channels[1], channels[1])
         self.passed: list[Any] = []
-        first, second = unet.up_blocks[0], unet.up_blocks[1]
-        for module in (first.upsamplers[0], second.attentions[0], second.attentions[2]):
+        for name in ("up_blocks.0.upsamplers.0", "up_blocks.1.attentions.0", "up_blocks.1.attentions.2"):
+            module = unet.get_submodule(name)
             module.register_forward_hook(lambda _, __, out: self.passed.append(out.flatten(2).transpose(1, 2)))
 
     def velocity(self, x: Tensor, batch: Batch) -> Tensor:
