@@ -1,4 +1,4 @@
-"""flux-engine: runs FLUX-class image models fast, on one GPU or on a CPU.
+"""flux-engine: runs FLUX- and SDXL-class image models fast, on one GPU or on a CPU.
 
     import flux_engine
     engine = flux_engine.load("demo-schnell")
@@ -18,6 +18,7 @@ from flux_engine.config import EngineConfig
 from flux_engine.errors import (
     FluxEngineError,
     InvalidRequest,
+    NumericalError,
     OutOfMemory,
     OutputError,
     RequestCancelled,
@@ -40,6 +41,7 @@ __all__ = [
     "EngineConfig",
     "FluxEngineError",
     "InvalidRequest",
+    "NumericalError",
     "OutOfMemory",
     "OutputError",
     "Predictor",

@@ -22,20 +22,9 @@ from flux_engine.config import EngineConfig
 from flux_engine.errors import UnsupportedError, WeightsError
 from flux_engine.fetch import fetch, listing
 from flux_engine.ledger import Ledger
+from flux_engine.params import DiffusionSchedule, FlowSchedule, FluxParams, Shapes, UNetParams, VAEParams
 from flux_engine.schedulers import scheduler_name
-from flux_engine.specs import (
-    FLUX_DEV,
-    SPECS,
-    DiffusionSchedule,
-    FlowSchedule,
-    FluxParams,
-    FluxSpec,
-    ModelSpec,
-    SDXLSpec,
-    Shapes,
-    UNetParams,
-    VAEParams,
-)
+from flux_engine.specs import FLUX_DEV, SPECS, FluxSpec, ModelSpec, SDXLSpec
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,10 @@ from flux_engine import hardware, images
 from flux_engine.assemble import find_model
 from flux_engine.config import EngineConfig
 from flux_engine.errors import InvalidRequest, OutOfMemory, did_you_mean
-from flux_engine.families import Family, FluxFamily, SDXLFamily, load_family
+from flux_engine.families.base import Family
+from flux_engine.families.flux import FluxFamily
+from flux_engine.families.load import load_family
+from flux_engine.families.sdxl import SDXLFamily
 from flux_engine.pipeline import OnStep, Pipeline, check_cancelled
 from flux_engine.request import Job, Request
 from flux_engine.result import Result

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flux_engine import images
 from flux_engine.errors import NumericalError, RequestCancelled
-from flux_engine.families import Family, Stage
+from flux_engine.families.base import Family, Stage
 from flux_engine.request import Job
 
 

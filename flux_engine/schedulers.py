@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from flux_engine.specs import DiffusionSchedule, FlowSchedule
+from flux_engine.params import DiffusionSchedule, FlowSchedule
 
 
 class Schedule(Protocol):

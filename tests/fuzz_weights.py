@@ -32,7 +32,7 @@ def seeds() -> list[bytes]:
     from flux_engine.checkpoints.tables import FLUX_DIFFUSERS, vae_diffusers
     from flux_engine.models.flux import Flux
     from flux_engine.models.vae import AutoEncoder
-    from flux_engine.specs import FluxParams, VAEParams
+    from flux_engine.params import FluxParams, VAEParams
 
     params = FluxParams(hidden_size=16, num_heads=1, depth=1, depth_single_blocks=1, axes_dim=(2, 6, 8), in_channels=8,
                         out_channels=8, context_in_dim=4, vec_in_dim=4)  # fmt: skip

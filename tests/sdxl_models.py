@@ -9,11 +9,13 @@ import torch
 from conftest import randomise
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from flux_engine.families import SDXLFamily, channels_last
+from flux_engine.families.base import channels_last
+from flux_engine.families.sdxl import SDXLFamily
 from flux_engine.models.unet import UNet
 from flux_engine.models.vae import AutoEncoder
-from flux_engine.specs import SDXL, SDXL_REFINER, SDXLSpec, SizeTable, UNetParams
-from flux_engine.text_sdxl import Reader, SDXLTextEncoder
+from flux_engine.params import UNetParams
+from flux_engine.specs import SDXL, SDXL_REFINER, SDXLSpec, SizeTable
+from flux_engine.text.sdxl import Reader, SDXLTextEncoder
 
 TOKENIZER = Path(__file__).parent.parent / "weights" / "demo" / "flux" / "tokenizer"
 WIDTHS = (24, 40)

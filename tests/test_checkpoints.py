@@ -18,10 +18,12 @@ from flux_engine.checkpoints.inspect import inspect
 from flux_engine.checkpoints.keys import to_ours, to_theirs
 from flux_engine.checkpoints.safetensors_file import SafetensorsFile, Stored
 from flux_engine.checkpoints.source import Piece, Recipe, WeightSource
-from flux_engine.checkpoints.tables import FLUX_DIFFUSERS, unet_sgm, vae_diffusers
+from flux_engine.checkpoints.tables import FLUX_DIFFUSERS, unet_diffusers, unet_sgm, vae_diffusers
 from flux_engine.models.flux import Flux
+from flux_engine.models.unet import UNet
 from flux_engine.models.vae import AutoEncoder
-from flux_engine.specs import DEMO_DEV, FluxParams, VAEParams
+from flux_engine.params import FluxParams, UNetParams, VAEParams
+from flux_engine.specs import DEMO_DEV, SDXL_INPAINTING, SDXL_LCM, SDXL_REFINER, SDXLSpec
 
 WIDTH = DEMO_DEV.transformer.hidden_size
 Tensors = dict[str, Tensor]
@@ -162,17 +164,30 @@ def sdxl_unet(**changed: Any) -> Tensors:
         return UNet2DConditionModel(**(base | changed)).state_dict()
 
 
+def our_unet(params: UNetParams) -> Tensors:
+    with torch.device("meta"):
+        return UNet(params).state_dict()
+
+
 def test_the_unet_at_full_size() -> None:
-    unet = sdxl_unet()
-    assert len(unet) == 1680
-    assert sum(tensor.numel() for tensor in unet.values()) == 2_567_463_684
-    stored = to_theirs(unet, unet_sgm((False, True, True)))
+    """1,680 tensors as published, both ways in both layouts; 1,470 of ours, 70 q, k, v and 70 k, v being joined."""
+    ours, theirs, attention = our_unet(UNetParams()), sdxl_unet(), (False, True, True)
+    assert (len(ours), len(theirs)) == (1680 - 70 * 3, 1680)
+    assert sum(tensor.numel() for tensor in ours.values()) == 2_567_463_684
+    assert shapes(to_theirs(ours, unet_diffusers(attention))) == shapes(theirs)
+    assert shapes_of_unet(theirs) == shapes(ours)
+    stored = to_theirs(ours, unet_sgm(attention))
     assert len(stored) == 1680
     assert stored["input_blocks.4.1.transformer_blocks.1.attn2.to_k.weight"].shape == (640, 2048)
     assert stored["output_blocks.5.2.conv.weight"].shape == (640, 640, 3, 3)
     source = source_of(under("model.diffusion_model.", stored))
     assert [(part.kind, part.prefix) for part in detect.parts_of(source)] == [("unet", "model.diffusion_model.")]
-    assert detect.pick(source, "unet").shapes == shapes(unet)
+    assert detect.pick(source, "unet").shapes == shapes(ours)
+    assert UNetParams.from_shapes(shapes(ours)) == UNetParams()
+
+
+def shapes_of_unet(stored: Tensors) -> dict[str, tuple[int, ...]]:
+    return detect.pick(source_of(stored), "unet").shapes
 
 
 REFINER = {
@@ -183,14 +198,20 @@ REFINER = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("changed", "attention"), [(REFINER, (False, True, True, False)),
-                                                    ({"in_channels": 9}, (False, True, True))])  # fmt: skip
-def test_the_refiner_and_the_inpainting_unet_at_full_size(changed: dict[str, Any], attention: tuple[bool, ...]) -> None:
-    unet = sdxl_unet(**changed)
-    stored = to_theirs(unet, unet_sgm(attention))
-    assert len(stored) == len(unet)
-    assert detect.pick(source_of(under("model.diffusion_model.", stored)), "unet").shapes == shapes(unet)
-    assert shapes(stored)["input_blocks.0.0.weight"][1] == changed.get("in_channels", 4)
+@pytest.mark.parametrize(
+    ("spec", "changed"),
+    [(SDXL_REFINER, REFINER), (SDXL_INPAINTING, {"in_channels": 9}), (SDXL_LCM, {"time_cond_proj_dim": 256})],
+    ids=["refiner", "inpainting", "LCM"],
+)
+def test_other_unets_at_full_size(spec: SDXLSpec, changed: dict[str, Any]) -> None:
+    ours, theirs = our_unet(spec.unet), sdxl_unet(**changed)
+    attention = [depth > 0 for depth in spec.unet.transformer_depth]
+    assert shapes(to_theirs(ours, unet_diffusers(attention))) == shapes(theirs)
+    assert shapes_of_unet(theirs) == shapes(ours)
+    stored = to_theirs(ours, unet_sgm(attention))
+    assert len(stored) == len(theirs)
+    assert detect.pick(source_of(under("model.diffusion_model.", stored)), "unet").shapes == shapes(ours)
+    assert UNetParams.from_shapes(shapes(ours)) == spec.unet
 
 
 def clip_l() -> Tensors:
@@ -208,7 +229,7 @@ def test_a_whole_sdxl_file() -> None:
         vae = AutoEncoder(VAEParams(latent_channels=4, quant_conv=True)).state_dict()
         clip = clip_l() | {"text_model.embeddings.position_ids": torch.empty(1, 77)}
         everything = (
-            under("model.diffusion_model.", to_theirs(sdxl_unet(), unet_sgm((False, True, True))))
+            under("model.diffusion_model.", to_theirs(our_unet(UNetParams()), unet_sgm((False, True, True))))
             | under("first_stage_model.", vae)
             | under("conditioner.embedders.0.transformer.", clip)
             | under("conditioner.embedders.1.model.", open_clip(1280, 32))
@@ -219,7 +240,7 @@ def test_a_whole_sdxl_file() -> None:
         ("unet", "SGM"), ("vae", "LDM"), ("clip", "transformers"), ("clip", "OpenCLIP"),
     ]  # fmt: skip
     counts = [len(part.of(source_of(everything)).shapes) for part in parts]
-    assert counts == [1680, 248, 196, 517]
+    assert counts == [1470, 248, 196, 517]
 
 
 def test_t5_at_full_size() -> None:

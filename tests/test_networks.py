@@ -12,12 +12,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux_engine.checkpoints import export
-from flux_engine.families import image_ids, patchify, unpatchify
+from flux_engine.families.flux import image_ids, patchify, unpatchify
 from flux_engine.models.flux import Flux
 from flux_engine.models.unet import UNet
 from flux_engine.models.vae import AutoEncoder
+from flux_engine.params import FluxParams, UNetParams, VAEParams
 from flux_engine.schedulers import flow_match_euler
-from flux_engine.specs import FLUX_DEV, FluxParams, UNetParams, VAEParams
+from flux_engine.specs import FLUX_DEV
 
 TOLERANCE = 1e-5
 

@@ -9,7 +9,8 @@ from diffusers import FluxPipeline
 
 import flux_engine
 from flux_engine.engine import Engine
-from flux_engine.families import generators_of, patchify
+from flux_engine.families.base import generators_of
+from flux_engine.families.flux import patchify
 
 
 @pytest.fixture(scope="module", params=["demo-schnell", "demo-dev"])

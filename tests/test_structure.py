@@ -18,6 +18,7 @@ PACKAGE = ROOT / "flux_engine"
 
 LEVELS = {
     "errors": 0,
+    "params": 0.05,
     "specs": 0.1,
     "config": 0.1,
     "request": 0.2,

@@ -14,7 +14,7 @@ from training.latents import Pool, arrange, boxes_of, coverage_maps
 
 from benchmarks import world
 from benchmarks.world import Ground, Scene, Thing
-from flux_engine.families import image_ids
+from flux_engine.families.flux import image_ids
 from flux_engine.models.flux import Flux
 
 WIDTH, HEIGHT = 160, 112

@@ -24,7 +24,7 @@ from flux_engine.errors import OutputError, WeightsError
 from flux_engine.models.flux import Flux
 from flux_engine.models.unet import UNet
 from flux_engine.models.vae import AutoEncoder
-from flux_engine.specs import FlowSchedule, FluxParams, UNetParams, VAEParams
+from flux_engine.params import FlowSchedule, FluxParams, UNetParams, VAEParams
 
 
 def flux_tensors(net: Flux) -> dict[str, Tensor]:

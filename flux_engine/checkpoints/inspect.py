@@ -17,7 +17,7 @@ from flux_engine.checkpoints.source import WeightSource
 from flux_engine.errors import WeightsError
 from flux_engine.models.flux import Flux
 from flux_engine.models.vae import AutoEncoder
-from flux_engine.specs import FluxParams, VAEParams
+from flux_engine.params import FluxParams, VAEParams
 
 NETWORKS: Mapping[Kind, Callable[[Mapping[str, tuple[int, ...]]], nn.Module]] = {
     "flux": lambda shapes: Flux(FluxParams.from_shapes(shapes)),

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from flux_engine import ops
 from flux_engine.attention import attention
-from flux_engine.specs import FluxParams
+from flux_engine.params import FluxParams
 
 
 @dataclass(frozen=True)

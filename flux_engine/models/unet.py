@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from flux_engine import ops
 from flux_engine.attention import attention
 from flux_engine.models.layers import NormSiLU
-from flux_engine.specs import UNetParams
+from flux_engine.params import UNetParams
 
 IDS_DIM = 256
 """Width of the sinusoidal embedding of each of the numbers that tell sizes and crops, and of the guidance scale."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flux_engine.attention import attention
 from flux_engine.models.layers import NormSiLU
-from flux_engine.specs import VAEParams
+from flux_engine.params import VAEParams
 
 
 class ResnetBlock(nn.Module):

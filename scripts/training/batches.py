@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import captions
-from flux_engine.families import image_ids, patchify
+from flux_engine.families.flux import image_ids, patchify
 from flux_engine.specs import DEMO_DEV, MEGAPIXELS
 from training import hints
 from training.latents import CAPTIONS, LAYOUTS, Pool, Texts, load_pool, load_texts, path_of, sizes

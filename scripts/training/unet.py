@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import _muon
 
 import flux_engine.models.unet
-from flux_engine.families import patchify, unpatchify
+from flux_engine.families.flux import patchify, unpatchify
 from flux_engine.hardware import has_bf16
 from flux_engine.models.unet import UNet
 from flux_engine.specs import DEMO_SDXL

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from benchmarks import world
 from flux_engine.models.vae import AutoEncoder
-from flux_engine.specs import DEMO_DEV, DEMO_SDXL, PUBLISHED_SIZES, VAEParams
+from flux_engine.params import VAEParams
+from flux_engine.specs import DEMO_DEV, DEMO_SDXL, PUBLISHED_SIZES
 from training.run import Run, autocast, read_average
 
 PARAMS = {"vae": DEMO_DEV.vae, "sdxl-vae": DEMO_SDXL.vae}

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedTokenizerBase
 
 from flux_engine.errors import WeightsError
-from flux_engine.prompts import Piece, weighted
-from flux_engine.text import Cache, TextCond, load_clip, load_tokenizer
+from flux_engine.text.encoders import Cache, TextCond, load_clip, load_tokenizer
+from flux_engine.text.prompts import Piece, weighted
 
 LENGTH = 77
 """Tokens of a chunk, with the one that begins and the one that ends it."""

@@ -1,0 +1,1 @@
+"""Model families: a package for each way of putting networks together."""

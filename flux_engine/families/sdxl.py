@@ -1,0 +1,193 @@
+"""SDXL, with its refiner.
+
+Shapes: B batch, C latent channels, h w latent size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flux_engine.checkpoints import export
+from flux_engine.checkpoints.detect import pick
+from flux_engine.checkpoints.export import Exported
+from flux_engine.checkpoints.load import load_module
+from flux_engine.checkpoints.source import WeightSource
+from flux_engine.errors import WeightsError
+from flux_engine.families.base import (
+    Encoded,
+    Family,
+    Stage,
+    channels_last,
+    cut_prompts,
+    encode_each_once,
+    generators_of,
+    load_vae,
+)
+from flux_engine.models.unet import UNet, UNetStatics
+from flux_engine.models.vae import AutoEncoder
+from flux_engine.params import UNetParams
+from flux_engine.request import Job
+from flux_engine.schedulers import Diffusers, Schedule, scheduler_config
+from flux_engine.specs import SDXLSpec
+from flux_engine.text.encoders import TextCond
+from flux_engine.text.sdxl import SDXLTextEncoder
+
+
+def load_unet(spec: SDXLSpec, file: Path, *, dtype: torch.dtype, device: torch.device) -> tuple[SDXLSpec, UNet]:
+    """A UNet, and the spec with its widths and depths, which come from the checkpoint; a head's width and the number of
+    groups, which no shape tells, from the spec."""
+    with WeightSource.open(file) as opened:
+        source = pick(opened, "unet")
+        found = UNetParams.from_shapes(source.shapes)
+        params = replace(found, head_dim=spec.unet.head_dim, norm_groups=spec.unet.norm_groups)
+        if params.guidance_embed != (spec.guidance_embedded and spec.guidance_scale is not None):
+            raise WeightsError(
+                f"{file} {'has' if params.guidance_embed else 'lacks'} a guidance embedding, which does not fit "
+                f"{spec.name}"
+            )
+        net = load_module(lambda: UNet(params), source, dtype=dtype, device=device)
+    return replace(spec, unet=params), channels_last(net)
+
+
+AESTHETIC_SCORES = (2.5, 6.0)
+"""What the refiner is told of the negative prompt's picture and of the prompt's (arXiv 2307.01952, appendix)."""
+REFINER_STRENGTH = 0.3
+"""Share of its steps that a refiner walks over a picture that is done."""
+
+
+@dataclass(frozen=True)
+class SDXLFamily(Family[SDXLSpec]):
+    """An SDXL model, with its refiner if it has one."""
+
+    spec: SDXLSpec
+    net: UNet
+    vae: AutoEncoder
+    text: SDXLTextEncoder
+    refiner: SDXLFamily | None = None
+
+    @classmethod
+    def load(
+        cls,
+        spec: SDXLSpec,
+        files: Mapping[str, Path],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        embedding_cache: int,
+    ) -> SDXLFamily:
+        spec, net = load_unet(spec, files["unet"], dtype=dtype, device=device)
+        text = SDXLTextEncoder.load(files, dtype=dtype, device=device, cache_size=embedding_cache)
+        return cls(spec, net, load_vae(spec, files["vae"], dtype=dtype, device=device), text)
+
+    def with_refiner(self, spec: SDXLSpec, files: Mapping[str, Path]) -> SDXLFamily:
+        """The same with a refiner's UNet beside it, which shares the autoencoder and the second text encoder.
+
+        Raises WeightsError if it reads another text encoder's states.
+        """
+        spec, net = load_unet(spec, files["unet"], dtype=self.net.dtype, device=self.net.device)
+        text = self.text.second()
+        if spec.unet.cross_attention_dim != text.width:
+            raise WeightsError(
+                f"{files['unet']} reads text {spec.unet.cross_attention_dim} wide; the second text encoder of "
+                f"{self.spec.name} is {text.width} wide"
+            )
+        return self.refined_by(SDXLFamily(spec, net, self.vae, text))
+
+    def refined_by(self, refiner: SDXLFamily) -> SDXLFamily:
+        return replace(self, spec=replace(self.spec, refiner=refiner.spec), refiner=refiner)
+
+    def networks(self) -> dict[str, nn.Module]:
+        parts = ("text_encoder", "text_encoder_2")[-len(self.text.readers) :]
+        found: dict[str, nn.Module] = {"unet": self.net, "vae": self.vae}
+        found |= {part: reader.clip for part, reader in zip(parts, self.text.readers, strict=True)}
+        return found | ({"refiner": self.refiner.net} if self.refiner else {})
+
+    def export(self, folder: Path) -> Path:
+        """With its refiner left out, which is a model of its own; a refiner is written without the first encoder."""
+        parts = {
+            "unet": Exported(
+                "diffusers", "UNet2DConditionModel", export.unet_config(self.net.params), export.unet_tensors(self.net)
+            ),
+            "vae": export.autoencoder(self.vae),
+        }
+        tokenizers: dict[str, Any] = {}
+        for number, reader in zip(("", "_2")[-len(self.text.readers) :], self.text.readers, strict=True):
+            parts[f"text_encoder{number}"] = export.text_model(reader.clip)
+            tokenizers[f"tokenizer{number}"] = reader.tokenizer
+        kind = "StableDiffusionXLImg2ImgPipeline" if self.spec.aesthetic_score else "StableDiffusionXLPipeline"
+        said: dict[str, Any] = {"force_zeros_for_empty_prompt": self.spec.zero_negative}
+        if self.spec.aesthetic_score:
+            said |= {"requires_aesthetics_score": True, "text_encoder": [None, None], "tokenizer": [None, None]}
+        scheduler = scheduler_config(self.spec.schedule, self.spec.schedule.scheduler)
+        return export.write_diffusers(folder, kind, parts, tokenizers, scheduler, **said)
+
+    def stages(self, job: Job) -> list[Stage]:
+        h, w = job.latent_size
+        generators = generators_of(job)
+
+        def schedule(steps: int) -> Diffusers:
+            return Diffusers(self.spec.schedule, job.scheduler or self.spec.schedule.scheduler, steps, generators)
+
+        first = schedule(job.num_inference_steps)
+        stages = [Stage(self, first, lambda _: first.from_noise(self.noise(generators, h, w)))]
+        if job.refine is None or self.refiner is None:
+            return stages
+        if job.refine.mode == "expert_ensemble_refiner":
+            second = schedule(job.num_inference_steps)
+            first.stop_at(job.refine.high_noise_frac)
+            second.start_at(job.refine.high_noise_frac)
+            return [*stages, Stage(self.refiner, second, lambda x: as_left(x))]
+        second = schedule(job.refine.steps)
+        second.start_with(REFINER_STRENGTH)
+        return [
+            *stages,
+            Stage(self.refiner, second, lambda x: second.from_latent(as_left(x), self.noise(generators, h, w))),
+        ]
+
+    def to_latent(self, x: Tensor, h: int, w: int) -> Tensor:
+        return x
+
+    def encode(self, job: Job) -> Encoded:
+        def read(prompts: list[str | None]) -> TextCond:
+            return self.text.encode(prompts, weights=job.prompt_weights, chunks=job.prompt_chunks)
+
+        prompts = list(job.prompts)
+        for word, tokens in self.text.words.items():
+            prompts = [prompt.replace(word, tokens) for prompt in prompts]
+        negative = job.negative_prompt
+        if negative is None and not self.spec.zero_negative:
+            negative = ""
+        encoded = encode_each_once(job, read, prompts, negative)
+        if job.prompt_chunks:
+            return encoded
+        over = cut_prompts(job, self.text.limit, lambda prompt: self.text.tokens_over(prompt, job.prompt_weights))
+        return replace(encoded, notes=[f"{note}; prompt_chunks=True reads them" for note in over])
+
+    def statics(self, job: Job, encoded: Encoded, schedule: Schedule) -> UNetStatics:
+        assert job.told is not None
+        device = self.net.device
+        times = torch.tensor(schedule.timesteps, dtype=torch.float32, device=device)
+        guidance = None if job.guidance_scale is None else torch.tensor([job.guidance_scale], device=device)
+        told = [*job.told.original_size, *job.told.crop_top_left]
+        ends = ([score] for score in AESTHETIC_SCORES) if self.spec.aesthetic_score else [job.told.target_size] * 2
+        negative, positive = (torch.tensor([[*told, *end]], dtype=torch.float32, device=device) for end in ends)
+        negatives = len(encoded.rows) - len(job.prompts)
+        made: dict[tuple[int, bool], UNetStatics] = {}
+        rows = [(row, number < negatives) for number, row in enumerate(encoded.rows)]
+        for row, is_negative in dict.fromkeys(rows):
+            tokens, pooled = encoded.text.tokens[row : row + 1], encoded.text.pooled[row : row + 1]
+            ids = negative if is_negative else positive
+            made[row, is_negative] = self.net.precompute(tokens, pooled, ids, times, guidance)
+        return UNetStatics.cat([made[row] for row in rows])
+
+
+def as_left(x: Tensor | None) -> Tensor:
+    """What the stage before left."""
+    assert x is not None
+    return x

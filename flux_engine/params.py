@@ -1,0 +1,200 @@
+"""Widths and depths of the networks, and noise schedules, as frozen data that a checkpoint's shapes can give.
+
+Nothing here needs torch: a request is validated before torch is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import gcd
+
+from flux_engine.errors import WeightsError
+
+Shapes = Mapping[str, Sequence[int]]
+"""Tensor name -> shape, as read from a checkpoint's header."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FluxParams:
+    """Widths and depths of a FLUX.1 transformer. The defaults are FLUX.1 schnell's."""
+
+    in_channels: int = 64
+    out_channels: int = 64
+    vec_in_dim: int = 768
+    context_in_dim: int = 4096
+    hidden_size: int = 3072
+    num_heads: int = 24
+    mlp_ratio: float = 4.0
+    depth: int = 19
+    depth_single_blocks: int = 38
+    axes_dim: tuple[int, ...] = (16, 56, 56)
+    theta: float = 10_000.0
+    guidance_embed: bool = False
+
+    def __post_init__(self) -> None:
+        head_dim, rest = divmod(self.hidden_size, self.num_heads)
+        if rest or sum(self.axes_dim) != head_dim:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} over {self.num_heads} heads does not give axes_dim {self.axes_dim}"
+            )
+
+    @classmethod
+    def from_shapes(cls, shapes: Shapes) -> FluxParams:
+        """Read every width and depth off a checkpoint with Black Forest Labs' key names.
+
+        Raises WeightsError naming the first key that is missing.
+        """
+        img_in = _shape(shapes, "img_in.weight")
+        hidden, in_channels = img_in[0], img_in[1]
+        head_dim = _shape(shapes, "double_blocks.0.img_attn.norm.query_norm.scale")[0]
+        # A head's width is split as FLUX splits 128: an eighth for the index, the rest for rows and columns.
+        index_dim = head_dim // 8
+        return cls(
+            in_channels=in_channels,
+            out_channels=_shape(shapes, "final_layer.linear.weight")[0],
+            vec_in_dim=_shape(shapes, "vector_in.in_layer.weight")[1],
+            context_in_dim=_shape(shapes, "txt_in.weight")[1],
+            hidden_size=hidden,
+            num_heads=hidden // head_dim,
+            mlp_ratio=_shape(shapes, "double_blocks.0.img_mlp.0.weight")[0] / hidden,
+            depth=_count(shapes, "double_blocks."),
+            depth_single_blocks=_count(shapes, "single_blocks."),
+            axes_dim=(
+                index_dim,
+                (head_dim - index_dim) // 2,
+                (head_dim - index_dim) // 2,
+            ),
+            guidance_embed="guidance_in.in_layer.weight" in shapes,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetParams:
+    """Widths and depths of an SDXL UNet, the finest resolution first. The defaults are SDXL base's."""
+
+    in_channels: int = 4
+    """4, or 9 for inpainting: latent, mask and masked picture."""
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280)
+    transformer_depth: tuple[int, ...] = (0, 2, 10)
+    """Transformer blocks in each attention of a resolution."""
+    mid_depth: int = 10
+    layers_per_block: int = 2
+    head_dim: int = 64
+    cross_attention_dim: int = 2048
+    add_embed_dim: int = 2816
+    """Width of the pooled text with the embedded sizes."""
+    norm_groups: int = 32
+    guidance_embed: bool = False
+
+    @property
+    def time_embed_dim(self) -> int:
+        return 4 * self.block_out_channels[0]
+
+    @classmethod
+    def from_shapes(cls, shapes: Shapes) -> UNetParams:
+        """Read every width and depth off a checkpoint with diffusers' key names, q, k and v joined. What no shape tells
+        is SDXL's: heads 64 wide and 32 groups, or what divides the channels.
+
+        Raises WeightsError naming the first key that is missing.
+        """
+        levels = _count(shapes, "down_blocks.")
+        channels = tuple(_shape(shapes, f"down_blocks.{i}.resnets.0.conv1.weight")[0] for i in range(levels))
+        depth = tuple(_count(shapes, f"down_blocks.{i}.attentions.0.transformer_blocks.") for i in range(levels))
+        return cls(
+            in_channels=_shape(shapes, "conv_in.weight")[1],
+            out_channels=_shape(shapes, "conv_out.weight")[0],
+            block_out_channels=channels,
+            transformer_depth=depth,
+            mid_depth=_count(shapes, "mid_block.attentions.0.transformer_blocks."),
+            layers_per_block=_count(shapes, "down_blocks.0.resnets."),
+            head_dim=gcd(64, *channels),
+            cross_attention_dim=_shape(shapes, "mid_block.attentions.0.transformer_blocks.0.attn2.to_kv.weight")[1],
+            add_embed_dim=_shape(shapes, "add_embedding.linear_1.weight")[1],
+            norm_groups=gcd(32, *channels),
+            guidance_embed="time_embedding.cond_proj.weight" in shapes,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEParams:
+    """Widths of the autoencoder. The defaults are FLUX's."""
+
+    image_channels: int = 3
+    latent_channels: int = 16
+    channels: int = 128
+    channel_multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    norm_groups: int = 32
+    scaling_factor: float = 0.3611
+    shift_factor: float = 0.1159
+    quant_conv: bool = False
+    force_upcast: bool = False
+    """Overflows in float16, and runs in another dtype."""
+
+    @classmethod
+    def from_shapes(cls, shapes: Shapes) -> VAEParams:
+        """Read every width and depth off a checkpoint with LDM's key names. What no shape tells is FLUX's: scaling, and
+        32 groups, or as many as divide the channels.
+
+        Raises WeightsError naming the first key that is missing.
+        """
+        channels = _shape(shapes, "decoder.norm_out.weight")[0]
+        levels = _count(shapes, "decoder.up.")
+        widths = [_shape(shapes, f"decoder.up.{level}.block.0.conv1.weight")[0] for level in range(levels)]
+        return cls(
+            image_channels=_shape(shapes, "decoder.conv_out.weight")[0],
+            latent_channels=_shape(shapes, "decoder.conv_in.weight")[1],
+            channels=channels,
+            channel_multipliers=tuple(width // channels for width in widths),
+            num_res_blocks=_count(shapes, "decoder.up.0.block.") - 1,
+            norm_groups=gcd(32, channels),
+            quant_conv="quant_conv.weight" in shapes,
+        )
+
+    @property
+    def downscale(self) -> int:
+        """How many pixels a latent position covers along each side."""
+        return 2 ** (len(self.channel_multipliers) - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowSchedule:
+    """FLUX's time shift: none for schnell, by the number of image tokens for dev.
+
+    The exponent goes linearly from `base_shift` at `base_tokens` to `max_shift` at `max_tokens`.
+    Source: black-forest-labs/flux, src/flux/sampling.py.
+    """
+
+    shifted: bool
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    base_tokens: int = 256
+    max_tokens: int = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionSchedule:
+    """SDXL's noise schedule, betas evenly spaced between their square roots, and how its timesteps are walked."""
+
+    scheduler: str = "K_EULER"
+    """Default scheduler, one of `SCHEDULERS`."""
+    prediction_type: str = "epsilon"
+    """What the network predicts: "epsilon" or "v_prediction"."""
+    timestep_spacing: str = "leading"
+    """"leading", or "trailing", which begins with pure noise: for distilled models."""
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    num_train_timesteps: int = 1000
+
+
+def _shape(shapes: Shapes, key: str) -> Sequence[int]:
+    if key not in shapes:
+        raise WeightsError(f"no tensor {key!r}: this is not the network it seems to be")
+    return shapes[key]
+
+
+def _count(shapes: Shapes, prefix: str) -> int:
+    """Number of blocks whose keys start with `prefix` and a number."""
+    return len({key[len(prefix) :].split(".")[0] for key in shapes if key.startswith(prefix)})
