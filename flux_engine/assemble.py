@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from flux_engine import hub
 from flux_engine.checkpoints.detect import Kind, parts_of, pick, what_is
@@ -24,7 +24,7 @@ from flux_engine.fetch import fetch, listing
 from flux_engine.ledger import Ledger
 from flux_engine.params import DiffusionSchedule, FlowSchedule, FluxParams, Shapes, UNetParams, VAEParams
 from flux_engine.schedulers import scheduler_name
-from flux_engine.specs import FLUX_DEV, SPECS, FluxSpec, ModelSpec, SDXLSpec
+from flux_engine.specs import FLUX_DEV, SDXL, SDXL_REFINER, SPECS, FluxSpec, ModelSpec, SDXLSpec
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,9 @@ LAYOUTS: Mapping[str, Layout] = {
     ),
     "sdxl": Layout("unet", {"unet": "unet", "vae": "vae", "text_encoder": "clip", "text_encoder_2": "clip"}),
 }
+
+
+Spec = TypeVar("Spec", bound=ModelSpec)
 
 
 @dataclass(frozen=True)
@@ -229,20 +232,32 @@ def _there(path: Path) -> bool:
     return True
 
 
+def _fitting(
+    specs: Sequence[Spec], fits: Callable[[Spec], bool], own: Spec, found: _Found, words: str
+) -> Sequence[Spec]:
+    """The specs whose text encoders a network was made for; what has all of its parts with it may have any.
+
+    Raises WeightsError if there is none.
+    """
+    fitting = [spec for spec in specs if fits(spec)]
+    if not fitting and found.parts.keys() >= set(needed(own)):
+        fitting = [own]
+    if not fitting:
+        raise WeightsError(f"{words}, which no text encoder known here gives")
+    return fitting
+
+
 def _flux_spec(path: Path, shapes: Shapes, found: _Found) -> FluxSpec:
     """Of the models whose text encoders fit, the one that is nearest: by widths, then by guidance."""
     params = FluxParams.from_shapes(shapes)
-    fitting = [
-        spec
-        for spec in SPECS.values()
-        if isinstance(spec, FluxSpec)
-        and (spec.transformer.vec_in_dim, spec.transformer.context_in_dim) == (params.vec_in_dim, params.context_in_dim)
-    ]
-    if not fitting:
-        raise WeightsError(
-            f"{path} reads text {params.context_in_dim} and {params.vec_in_dim} wide, which no text encoder known here "
-            "gives"
-        )
+    widths = (params.vec_in_dim, params.context_in_dim)
+    fitting = _fitting(
+        [s for s in SPECS.values() if isinstance(s, FluxSpec)],
+        lambda spec: (spec.transformer.vec_in_dim, spec.transformer.context_in_dim) == widths,
+        FLUX_DEV,
+        found,
+        f"{path} reads text {params.context_in_dim} and {params.vec_in_dim} wide",
+    )
     nearest = min(
         fitting,
         key=lambda spec: (
@@ -259,18 +274,15 @@ def _flux_spec(path: Path, shapes: Shapes, found: _Found) -> FluxSpec:
 def _sdxl_spec(path: Path, shapes: Shapes, found: _Found) -> SDXLSpec:
     """The same. What was distilled from SDXL is like it in all of its shapes and taken for SDXL, but for LCM."""
     params = UNetParams.from_shapes(shapes)
-    fitting = [
-        spec
-        for spec in SPECS.values()
-        if isinstance(spec, SDXLSpec)
-        and (spec.unet.cross_attention_dim, spec.unet.add_embed_dim)
-        == (params.cross_attention_dim, params.add_embed_dim)
-    ]
-    if not fitting:
-        raise WeightsError(
-            f"{path} reads text {params.cross_attention_dim} wide and {params.add_embed_dim} numbers beside it, which "
-            "no text encoders known here give"
-        )
+    widths = (params.cross_attention_dim, params.add_embed_dim)
+    refiner = bool(found.config("model_index").get("requires_aesthetics_score", False))
+    fitting = _fitting(
+        [s for s in SPECS.values() if isinstance(s, SDXLSpec)],
+        lambda spec: (spec.unet.cross_attention_dim, spec.unet.add_embed_dim) == widths,
+        SDXL_REFINER if refiner else SDXL,
+        found,
+        f"{path} reads text {params.cross_attention_dim} wide, with {params.add_embed_dim} numbers beside it",
+    )
     nearest = min(
         fitting,
         key=lambda spec: (

@@ -22,7 +22,7 @@ from flux_engine.errors import FluxEngineError, InvalidRequest
 from flux_engine.ledger import Ledger
 from flux_engine.replicate.schemas import SCHEMAS, find_schema
 from flux_engine.request import Request
-from flux_engine.specs import MEGAPIXELS, PUBLISHED_SIZES, ModelSpec
+from flux_engine.specs import MEGAPIXELS, PUBLISHED_SIZES, SCHEDULERS, ModelSpec, refined
 
 DEFAULT_MODEL = "demo-schnell"
 _IMPORTED = time.perf_counter()
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="flux-engine", description="Run FLUX-class image models.")
+    parser = argparse.ArgumentParser(prog="flux-engine", description="Run FLUX- and SDXL-class image models.")
     parser.add_argument("--version", action="version", version=f"flux-engine {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -63,7 +63,14 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--num-outputs", type=int, default=1, metavar="N")
     generate.add_argument("--steps", type=int, metavar="N")
     generate.add_argument("--guidance", type=float, metavar="SCALE", help="of models that take one")
-    generate.add_argument("--true-cfg", type=float, metavar="SCALE", help="of the negative prompt")
+    generate.add_argument("--true-cfg", type=float, metavar="SCALE", help="of the negative prompt, with FLUX.1")
+    generate.add_argument("--scheduler", metavar="NAME", help=f"SDXL: one of {', '.join(SCHEDULERS)}")
+    generate.add_argument("--refiner", metavar="MODEL", help="SDXL: a refiner to load as well")
+    generate.add_argument("--refine", metavar="MODE", help="expert_ensemble_refiner (default) or base_image_refiner")
+    generate.add_argument("--high-noise-frac", type=float, metavar="SHARE", help="of the way before the refiner")
+    generate.add_argument("--refine-steps", type=int, metavar="N", help="of the base_image_refiner")
+    generate.add_argument("--prompt-weights", action="store_true", help="SDXL: read (word:1.2) as a weight")
+    generate.add_argument("--prompt-chunks", action="store_true", help="SDXL: read prompts over 77 tokens whole")
     generate.add_argument("--seed", type=int)
     generate.add_argument(
         "--output",
@@ -136,11 +143,17 @@ def _generate(args: argparse.Namespace) -> None:
         num_inference_steps=args.steps,
         guidance_scale=args.guidance,
         true_cfg_scale=args.true_cfg,
+        scheduler=args.scheduler,
+        refine=args.refine or ("expert_ensemble_refiner" if args.refiner else None),
+        high_noise_frac=args.high_noise_frac,
+        refine_steps=args.refine_steps,
+        prompt_weights=args.prompt_weights,
+        prompt_chunks=args.prompt_chunks,
         seed=args.seed,
         strict=args.strict,
     )
     config = EngineConfig.from_environment(device=args.device, dtype=args.dtype)
-    job = request.resolve(_spec(args.model, config))
+    job = request.resolve(refined(_spec(args.model, config), _spec(args.refiner, config) if args.refiner else None))
     kind = files.image_format(args.output or Path(), args.format)
     if not 0 <= args.quality <= 100:
         raise InvalidRequest(f"quality {args.quality} is outside 0 to 100")
@@ -153,7 +166,7 @@ def _generate(args: argparse.Namespace) -> None:
 
     load = flux_engine.load  # torch and transformers come in here
     timings = {"import": _since_process_start()}
-    engine = load(args.model, device=args.device, dtype=args.dtype)
+    engine = load(args.model, device=args.device, dtype=args.dtype, refiner=args.refiner)
     timings["load"] = engine.load_seconds
     if not args.json:
         _line(f"{engine.spec.name}, {job.width}x{job.height}, seed {job.seeds[0]}")

@@ -24,7 +24,7 @@ from flux_engine.families.sdxl import SDXLFamily
 from flux_engine.pipeline import OnStep, Pipeline, check_cancelled
 from flux_engine.request import Job, Request
 from flux_engine.result import Result
-from flux_engine.specs import ModelSpec, SDXLSpec
+from flux_engine.specs import ModelSpec, SDXLSpec, refined
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def load(
     compute = hardware.pick_dtype(config.dtype, target)
     found = find_model(model, config, revision=revision, variant=variant, offline=offline)
     refining = None if refiner is None else find_model(refiner, config, offline=offline, only=["unet"])
-    _check_pair(found.spec, refining.spec if refining else None)
+    refined(found.spec, refining.spec if refining else None)
     with _memory_errors(f"loading {model}"):
         family = load_family(
             found.spec,
@@ -80,24 +80,6 @@ def load(
     seconds = time.perf_counter() - began
     log.info("loaded %s on %s as %s in %.2f s", model, target, compute, seconds)
     return Engine(family, load_seconds=seconds)
-
-
-def _check_pair(spec: ModelSpec, refiner: ModelSpec | None) -> None:
-    """Raises InvalidRequest for a refiner without a base, and for what is no refiner."""
-
-    def refines(spec: ModelSpec) -> bool:
-        return isinstance(spec, SDXLSpec) and spec.aesthetic_score
-
-    if refines(spec):
-        raise InvalidRequest(
-            f"{spec.name} refines what another model drew: load('sdxl', refiner={spec.name!r})", field="model"
-        )
-    if refiner is None:
-        return
-    if not refines(refiner):
-        raise InvalidRequest(f"{refiner.name} is not a refiner", field="refiner")
-    if not isinstance(spec, SDXLSpec):
-        raise InvalidRequest(f"{spec.name} is no SDXL model and takes no refiner", field="refiner")
 
 
 class Engine:

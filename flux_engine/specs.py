@@ -143,6 +143,25 @@ class SDXLSpec(ModelSpec):
         return self.unet.in_channels != self.vae.latent_channels
 
 
+def refined(spec: ModelSpec, refiner: ModelSpec | None) -> ModelSpec:
+    """A model's spec with its refiner's, if there is one.
+
+    Raises InvalidRequest for a refiner that is to draw by itself, for one beside a model that is not SDXL, and for a
+    model that is none.
+    """
+    if isinstance(spec, SDXLSpec) and spec.aesthetic_score:
+        raise InvalidRequest(
+            f"{spec.name} refines what another model drew: load('sdxl', refiner={spec.name!r})", field="model"
+        )
+    if refiner is None:
+        return spec
+    if not (isinstance(refiner, SDXLSpec) and refiner.aesthetic_score):
+        raise InvalidRequest(f"{refiner.name} is no refiner", field="refiner")
+    if not isinstance(spec, SDXLSpec):
+        raise InvalidRequest(f"{spec.name} is no SDXL model and takes no refiner", field="refiner")
+    return replace(spec, refiner=refiner)
+
+
 FLUX_SCHNELL = FluxSpec(
     name="flux-schnell",
     transformer=FluxParams(),

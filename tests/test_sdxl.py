@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,10 +11,18 @@ import sdxl_models
 import torch
 from conftest import latent_error
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+from safetensors.torch import save_file
 
+import flux_engine
+from flux_engine import hub
+from flux_engine.checkpoints.keys import to_theirs
+from flux_engine.checkpoints.tables import unet_sgm
 from flux_engine.engine import Engine
+from flux_engine.errors import InvalidRequest
+from flux_engine.families.load import load_family
+from flux_engine.request import Request
 from flux_engine.schedulers import scheduler_config
-from flux_engine.specs import SCHEDULERS
+from flux_engine.specs import SCHEDULERS, SDXL_TURBO, SDXLSpec
 
 PROMPT = "a large red circle on a blue background"
 NEGATIVE = "a small star, top left"
@@ -127,3 +137,141 @@ def test_ensemble_may_leave_either_nothing_to_do(refined: Engine, fraction: floa
     base = run(refined, **asked)
     assert torch.equal(mine, base) == (fraction == 1.0)
     assert mine.isfinite().all()
+
+
+@pytest.fixture(scope="module")
+def folders(refined: Engine, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Base and refiner as diffusers keeps them."""
+    family, root = refined._pipeline.family, tmp_path_factory.mktemp("folders")
+    return family.export(root / "base"), family.refiner.export(root / "refiner")
+
+
+def test_a_folder_loads_with_its_refiner_bit_for_bit(refined: Engine, folders: tuple[Path, Path]) -> None:
+    base, refiner = folders
+    loaded = flux_engine.load(str(base), device="cpu", dtype="float32", refiner=str(refiner))
+    assert loaded.spec.unet == refined.spec.unet
+    assert loaded.spec.vae == refined.spec.vae
+    assert loaded.spec.schedule == refined.spec.schedule
+    assert set(loaded.describe()["parts"]) == {"unet", "vae", "text_encoder", "text_encoder_2", "refiner"}
+    for refine in ("no_refiner", "expert_ensemble_refiner", "base_image_refiner"):
+        asked: dict[str, Any] = {"refine": refine, "num_inference_steps": 3, "width": 128, "height": 128}
+        assert torch.equal(run(loaded, **asked), run(refined, **asked))
+
+
+def test_a_single_file_with_all_parts_gives_the_same_bits(
+    engine: Engine, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """As SDXL's single files have them: SGM's names, and OpenCLIP for the second encoder."""
+    family = engine._pipeline.family
+    first, second = (reader.clip.state_dict() for reader in family.text.readers)
+    first = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in first.items()}
+    attention = [depth > 0 for depth in engine.spec.unet.transformer_depth]
+    tensors = {
+        **prefixed("model.diffusion_model.", to_theirs(family.net.state_dict(), unet_sgm(attention))),
+        **prefixed("first_stage_model.", family.vae.state_dict()),
+        **prefixed("conditioner.embedders.0.transformer.", first),
+        **prefixed("conditioner.embedders.1.model.", as_open_clip(second)),
+    }
+    save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "all.safetensors")
+    files = {
+        part: tmp_path / "all.safetensors" for part in ("unet", "vae", "text_encoder", "text_encoder_2")
+    } | {
+        part: folders[0] / part
+        for part in ("tokenizer", "tokenizer_2", "text_encoder/config.json", "text_encoder_2/config.json")
+    }
+    loaded = Engine(
+        load_family(engine.spec, files, dtype=torch.float32, device=torch.device("cpu"), embedding_cache=0)
+    )
+    assert torch.equal(run(loaded, num_inference_steps=2), run(engine, num_inference_steps=2))
+
+
+def prefixed(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def as_open_clip(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """transformers' names -> OpenCLIP's, written out by hand."""
+    stored = {name.removeprefix("text_model."): value for name, value in stored.items()}
+    out = {
+        "token_embedding.weight": stored["embeddings.token_embedding.weight"],
+        "positional_embedding": stored["embeddings.position_embedding.weight"],
+        "text_projection": stored["text_projection.weight"].T,
+        "logit_scale": torch.tensor(1.0),
+        **{f"ln_final.{leaf}": stored[f"final_layer_norm.{leaf}"] for leaf in ("weight", "bias")},
+    }
+    names = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+    for i in range(3):
+        there, here = f"transformer.resblocks.{i}", f"encoder.layers.{i}"
+        for leaf in ("weight", "bias"):
+            joined = [stored[f"{here}.self_attn.{letter}_proj.{leaf}"] for letter in "qkv"]
+            out[f"{there}.attn.in_proj_{leaf}"] = torch.cat(joined)
+            out[f"{there}.attn.out_proj.{leaf}"] = stored[f"{here}.self_attn.out_proj.{leaf}"]
+            out |= {f"{there}.{theirs}.{leaf}": stored[f"{here}.{ours}.{leaf}"] for ours, theirs in names.items()}
+    return out
+
+
+@pytest.mark.parametrize(
+    ("asked", "field"),
+    [
+        ({"refine": "expert_ensemble_refiner"}, "refine"),
+        ({"high_noise_frac": 0.5}, "high_noise_frac"),
+        ({"refine_steps": 5}, "refine_steps"),
+        ({"scheduler": "Euler"}, "scheduler"),
+        ({"scheduler": 7}, "scheduler"),
+        ({"scheduler": "LCM", "num_inference_steps": 51}, "num_inference_steps"),
+        ({"true_cfg_scale": 2.0}, "true_cfg_scale"),
+        ({"refine": "twice"}, "refine"),
+        ({"original_size": (64,)}, "original_size"),
+        ({"crop_top_left": (-1, 0)}, "crop_top_left"),
+        ({"target_size": "64x64"}, "target_size"),
+        ({"prompt_weights": "yes"}, "prompt_weights"),
+    ],
+)
+def test_bad_requests_name_the_field(engine: Engine, asked: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        engine(PROMPT, **asked)
+    assert caught.value.field == field
+    if field == "scheduler":
+        assert all(name in str(caught.value) for name in SCHEDULERS)
+
+
+def test_what_a_model_has_no_use_for_is_ignored_and_reported(engine: Engine, refined: Engine) -> None:
+    turbo = replace(SDXL_TURBO, sizes=engine.spec.sizes)
+    job = Request(prompt=PROMPT, guidance_scale=7.0, negative_prompt=NEGATIVE).resolve(turbo)
+    assert (job.true_cfg_scale, job.guidance_scale) == (1.0, None)
+    assert [note.split(" ")[0] for note in job.notes] == ["guidance_scale", "negative_prompt"]
+    job = Request(prompt=PROMPT, refine="base_image_refiner", high_noise_frac=0.5).resolve(refined.spec)
+    assert job.notes == ("high_noise_frac 0.5 ignored by base_image_refiner",)
+    job = Request(prompt=PROMPT, width=61, height=64).resolve(engine.spec)
+    assert (job.width, job.notes) == (64, ("width 61 rounded up to 64, a multiple of 8",))
+    with pytest.raises(InvalidRequest, match="rounded up"):
+        Request(prompt=PROMPT, width=61, height=64, strict=True).resolve(engine.spec)
+
+
+def test_presets_have_the_published_defaults() -> None:
+    wanted = {
+        "sdxl": (50, 7.5, "K_EULER", "leading", "1"),
+        "sdxl-turbo": (1, None, "K_EULER_ANCESTRAL", "trailing", "0.25"),
+        "sdxl-lightning-2step": (2, None, "K_EULER", "trailing", "1"),
+        "sdxl-lightning-4step": (4, None, "K_EULER", "trailing", "1"),
+        "sdxl-lightning-8step": (8, None, "K_EULER", "trailing", "1"),
+        "sdxl-lcm": (4, 8.0, "LCM", "leading", "1"),
+    }
+    for name, values in wanted.items():
+        spec = hub.find(name).model_spec()
+        assert isinstance(spec, SDXLSpec)
+        schedule = spec.schedule
+        found = (spec.num_inference_steps, spec.guidance_scale, schedule.scheduler, schedule.timestep_spacing)
+        assert (*found, spec.default_size) == values
+    assert Request(prompt="x").resolve(SDXL_TURBO).width == 512
+
+
+def test_a_refiner_goes_with_sdxl_only(folders: tuple[Path, Path]) -> None:
+    base, refiner = map(str, folders)
+    for model, beside, words in (
+        (refiner, None, "refines what another model drew"),
+        (base, base, "is no refiner"),
+        ("demo-schnell", refiner, "is no SDXL model"),
+    ):
+        with pytest.raises(InvalidRequest, match=words):
+            flux_engine.load(model, refiner=beside)
