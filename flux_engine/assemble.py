@@ -19,7 +19,7 @@ from flux_engine.checkpoints.detect import Kind, parts_of, pick, what_is
 from flux_engine.checkpoints.folders import choose, is_index, shards_of, weights_in
 from flux_engine.checkpoints.source import WeightSource
 from flux_engine.config import EngineConfig
-from flux_engine.errors import UnsupportedError, WeightsError
+from flux_engine.errors import UnknownModel, UnsupportedError, WeightsError
 from flux_engine.fetch import fetch, listing
 from flux_engine.ledger import Ledger
 from flux_engine.specs import FLUX_DEV, SPECS, FlowSchedule, FluxParams, ModelSpec, VAEParams
@@ -54,6 +54,9 @@ def find_model(
     files that a folder or repository has in several, as `x.fp16.safetensors`.
     Raises UnknownModel, WeightsError or UnsupportedError.
     """
+    for said, value in (("revision", revision), ("variant", variant)):
+        if not (value is None or isinstance(value, str)):
+            raise UnknownModel(f"a {said} is named by a text, not by {value!r}")
     known = hub.manifests(config.weights)
     meant = hub.refer(name, known)
     if isinstance(meant, hub.Manifest):

@@ -169,7 +169,11 @@ def manifests(extra: Path | None = None) -> dict[str, Manifest]:
     read: dict[str, tuple[Manifest, str | None]] = {}
     for folder in (weights_folder(), extra):
         if folder is not None:
-            for path in sorted((folder / "manifests").glob("*.toml")):
+            try:
+                paths = sorted((folder / "manifests").glob("*.toml"))
+            except OSError as error:
+                raise WeightsError(f"{folder / 'manifests'} cannot be read: {error.strerror}") from None
+            for path in paths:
                 read[path.stem] = _read(path, folder)
     return {name: replace(manifest, files=_files_of(name, read)) for name, (manifest, _) in read.items()}
 
@@ -228,6 +232,8 @@ def _lies_here(path: Path) -> bool:
     """Also a link that leads nowhere."""
     try:
         path.lstat()
+    except PermissionError:  # whoever reads it will say so
+        return True
     except (OSError, ValueError):  # also a name that is too long for one, or has a zero byte
         return False
     return True

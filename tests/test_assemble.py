@@ -8,7 +8,10 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ import flux_engine
 from flux_engine import EngineConfig, OutputError, UnknownModel, UnsupportedError, WeightsError, cli, hub
 from flux_engine.assemble import find_model
 from flux_engine.checkpoints.folders import choose, weights_in
+from flux_engine.checkpoints.source import WeightSource
 from flux_engine.engine import Engine
 from flux_engine.ledger import REMEMBERED, Ledger, Pin
 from flux_engine.specs import SPECS
@@ -60,7 +64,7 @@ def test_the_same_model_by_every_kind_of_name(engine: Engine, exported: Path, tm
     expected = latent(engine)
     save_file(everything(), tmp_path / "all.safetensors")
     for name in (PARTS["transformer"], exported, exported / "transformer", tmp_path / "all.safetensors"):
-        loaded = load(name)
+        loaded = flux_engine.load(name, device="cpu", dtype="float32", offline=True)
         assert torch.equal(latent(loaded), expected), name
         assert (loaded.spec.sizes, loaded.spec.num_inference_steps) == (engine.spec.sizes, 4)
         assert loaded.spec.schedule == engine.spec.schedule
@@ -98,6 +102,11 @@ def test_convert_keeps_every_bit(exported: Path, tmp_path: Path) -> None:
     assert again.keys() == first.keys() and all(torch.equal(again[name], first[name]) for name in first)
 
 
+def test_what_is_written_can_be_read_by_those_who_may_read_its_folder(exported: Path) -> None:
+    modes = {path.stat().st_mode for path in exported.rglob("*") if path.is_file()}
+    assert len(modes) == 1, modes
+
+
 def test_convert_writes_whole_or_not_at_all(engine: Engine, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
@@ -106,6 +115,9 @@ def test_convert_writes_whole_or_not_at_all(engine: Engine, tmp_path: Path) -> N
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="exists already"):
         engine.export(tmp_path / "file")
+    for odd in (None, 3, b"x", "x\0"):
+        with pytest.raises(OutputError, match="named by a text or a path"):
+            engine.export(odd)  # pyright: ignore[reportArgumentType]
     program = (
         "import sys, flux_engine, resource, signal\n"
         "engine = flux_engine.load('demo-schnell', device='cpu')\n"
@@ -136,11 +148,64 @@ def test_convert_writes_whole_or_not_at_all(engine: Engine, tmp_path: Path) -> N
         ("falconsai-nsfw", UnknownModel, "is a safety checker and no model"),
         (PARTS["vae"], WeightsError, "it holds an autoencoder"),
         (PARTS["tokenizer"], WeightsError, "holds no safetensors file"),
+        ("x" * 5000, UnknownModel, "no model 'xxx"),
+        ("x" * 5000 + ".safetensors", WeightsError, "does not exist"),
+        ("~nobody-at-all/x", WeightsError, "~nobody-at-all/x does not exist"),
+        ("owner/x/../../y.safetensors", UnknownModel, "cannot contain a '..' path segment"),
+        ("owner/na--me", UnknownModel, "is not the name of a repository"),
+        ("https://huggingface.co/owner/x", UnknownModel, "OWNER/NAME on the Hugging Face hub"),
+        ("/dev/zero", WeightsError, "is not a file"),
+        ("/proc/self/mem", WeightsError, "cannot be read: Input/output error"),
+        (3, UnknownModel, "named by a text or a path, not by 3"),
+        (None, UnknownModel, "not by None"),
+        (b"demo-schnell", UnknownModel, "not by b'demo-schnell'"),
     ],
 )
-def test_names_that_cannot_be_loaded(name: object, error: type[Exception], words: str) -> None:
+def test_names_that_cannot_be_loaded(name: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
-        load(name)
+        flux_engine.load(name, device="cpu", offline=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"revision": 3}, UnknownModel, "a revision is named by a text, not by 3"),
+        ({"variant": ["fp16"]}, UnknownModel, "a variant is named by a text"),
+        ({"embedding_cache": "x"}, UnsupportedError, "embedding_cache 'x' is not a whole number"),
+        ({"dtype": torch.int8}, UnsupportedError, "dtype 'int8' is not one of"),
+    ],
+)
+def test_options_of_the_wrong_type(options: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        flux_engine.load("owner/name", offline=True, **options)
+
+
+@contextmanager
+def forbidden(folder: Path) -> Iterator[None]:
+    """A folder that nobody may look into, not even root."""
+    user = os.geteuid()
+    folder.chmod(0)
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+        folder.chmod(0o700)
+
+
+def test_what_may_not_be_looked_at(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = shutil.copytree(exported, tmp_path / "closed" / "x")
+    (tmp_path / "link.safetensors").symlink_to(folder / "x.safetensors")
+    with forbidden(folder.parent):
+        for name in (folder, folder.parent, folder / "x.safetensors", tmp_path / "link.safetensors"):
+            with pytest.raises(WeightsError, match="cannot be read: Permission denied"):
+                load(name)
+        with pytest.raises(WeightsError, match="cannot be read: Permission denied"):
+            WeightSource.open(folder / "x.safetensors")
+        monkeypatch.setenv("FLUX_ENGINE_WEIGHTS", str(folder.parent))
+        with pytest.raises(WeightsError, match="manifests cannot be read: Permission denied"):
+            load("demo-schnell")
 
 
 def test_folders_that_are_not_whole(exported: Path, tmp_path: Path) -> None:

@@ -161,7 +161,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    path.touch()
+    mode = path.stat().st_mode
     save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, path, metadata={"format": "pt"})
+    path.chmod(mode)  # as for any file that is written here: safetensors makes them the owner's alone
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
