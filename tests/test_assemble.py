@@ -102,6 +102,57 @@ def test_convert_keeps_every_bit(exported: Path, tmp_path: Path) -> None:
     assert again.keys() == first.keys() and all(torch.equal(again[name], first[name]) for name in first)
 
 
+@pytest.mark.parametrize(
+    ("matrices", "vectors", "whole"),
+    [
+        (torch.float16, torch.float16, torch.float16),
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.float16, torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.float16, torch.float16),
+    ],
+)
+def test_convert_of_other_dtypes(
+    tmp_path: Path, matrices: torch.dtype, vectors: torch.dtype, whole: torch.dtype
+) -> None:
+    """All in the dtype that most tensors have, which are the vectors: those that had it keep every bit."""
+    given = {n: t.to(matrices if t.ndim > 1 else vectors) for n, t in everything().items()}
+    save_file(given, tmp_path / "x.safetensors")
+    assert cli.main(["convert", str(tmp_path / "x.safetensors"), str(tmp_path / "bfl"), "--to", "bfl"]) == 0
+    assert cli.main(["convert", str(tmp_path / "x.safetensors"), str(tmp_path / "diffusers")]) == 0
+    for file, prefix in (("x", "model.diffusion_model."), ("ae", "vae.")):
+        written = load_file(tmp_path / "bfl" / f"{file}.safetensors")
+        assert {prefix + name for name in written} == {name for name in given if name.startswith(prefix)}
+        for name, tensor in written.items():
+            assert tensor.dtype == whole and torch.equal(tensor, given[prefix + name].to(whole)), name
+    names = (tmp_path / "x.safetensors", tmp_path / "diffusers", tmp_path / "bfl" / "x.safetensors")
+    first, *others = (flux_engine.load(name, device="cpu", dtype=whole, offline=True) for name in names)
+    expected = first._pipeline.family.net.state_dict()
+    for other in others:
+        found = other._pipeline.family.net.state_dict()
+        assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+    assert torch.equal(latent(first), latent(others[0]))
+
+
+def test_transformers_reads_what_is_written_and_encodes_the_same(engine: Engine, exported: Path) -> None:
+    from transformers import AutoTokenizer, CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+    text = engine._pipeline.family.text
+    clip = CLIPTextModel.from_pretrained(exported / "text_encoder", dtype=torch.float32)
+    t5 = T5EncoderModel.from_pretrained(exported / "text_encoder_2", dtype=torch.float32)
+    for clip_kind, t5_kind in ((CLIPTokenizer, T5TokenizerFast), (AutoTokenizer, AutoTokenizer)):
+        clip_tokens = clip_kind.from_pretrained(exported / "tokenizer")
+        t5_tokens = t5_kind.from_pretrained(exported / "tokenizer_2")
+        for prompt in ("a large red circle on a blue background", "", "Ünïcode ☃, <|endoftext|>  </s>", "a star " * 99):
+            ours = text.encode([prompt])
+            with torch.inference_mode():
+                ids = clip_tokens(prompt, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+                pooled = clip(ids.input_ids).pooler_output
+                length = text.max_sequence_length
+                ids = t5_tokens(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+                tokens = t5(ids.input_ids).last_hidden_state
+            assert (pooled - ours.pooled).abs().max() <= 1e-5 and (tokens - ours.tokens).abs().max() <= 1e-5, prompt
+
+
 def test_what_is_written_can_be_read_by_those_who_may_read_its_folder(exported: Path) -> None:
     modes = {path.stat().st_mode for path in exported.rglob("*") if path.is_file()}
     assert len(modes) == 1, modes
