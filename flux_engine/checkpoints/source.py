@@ -20,6 +20,8 @@ from flux_engine.errors import WeightsError
 
 BUFFER = 2**20
 """Bytes read at a time where a tensor is converted: few enough to stay in the cache (benchmarks/load_weights.py)."""
+HALVES = {torch.float16, torch.bfloat16}
+"""Between these torch converts number by number. By way of float32, which holds both exactly, it is vectorised."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,9 @@ def _read(piece: Piece, stored: torch.dtype, out: Tensor, at: int) -> int:
     """Into the rows of `out` from `at` on -> where the next piece begins."""
     width = out.shape[1]
     step = max(1, BUFFER // max(1, width * stored.itemsize))
-    buffer = None if out.dtype == stored else torch.empty((min(step, piece.stop - piece.start), width), dtype=stored)
+    some = (min(step, piece.stop - piece.start), width)
+    buffer = None if out.dtype == stored else torch.empty(some, dtype=stored)
+    middle = torch.empty(some, dtype=torch.float32) if {stored, out.dtype} == HALVES else None
     for start in range(piece.start, piece.stop, step):
         stop = min(start + step, piece.stop)
         rows = out[at : at + stop - start]
@@ -169,6 +173,6 @@ def _read(piece: Piece, stored: torch.dtype, out: Tensor, at: int) -> int:
         else:
             part = buffer[: stop - start]
             piece.file.read(piece.name, start, stop, part)
-            rows.copy_(part)
+            rows.copy_(part if middle is None else middle[: len(part)].copy_(part))
         at += stop - start
     return at
