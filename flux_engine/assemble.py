@@ -64,6 +64,10 @@ def find_model(
             raise UnsupportedError(f"{meant.name} has no variant {variant!r}: its manifest names every file")
         manifest = meant.at(revision) if revision is not None else meant
         spec = manifest.model_spec()
+        given = {*manifest.files, *(name.partition("/")[0] for name in manifest.files)}
+        lacking = [part for part in (*WEIGHTS, *PLAIN, *CONFIGS) if part not in given]
+        if lacking:
+            raise WeightsError(f"{meant.name}: its manifest lacks {', '.join(lacking)}: give them, or name a base")
         return Model(spec, manifest.obtain(offline=offline, ledger=Ledger(config.cache)))
     if isinstance(meant, hub.Repository):
         path = _repository(meant.name, meant.file, revision or "main", variant, offline)
