@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 import flux_engine
 from flux_engine import EngineConfig, OutputError, UnknownModel, UnsupportedError, WeightsError, cli, hub
 from flux_engine.assemble import find_model
+from flux_engine.checkpoints.export import new_folder
 from flux_engine.checkpoints.folders import choose, weights_in
 from flux_engine.checkpoints.source import WeightSource
 from flux_engine.engine import Engine
@@ -151,6 +153,22 @@ def test_transformers_reads_what_is_written_and_encodes_the_same(engine: Engine,
                 ids = t5_tokens(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
                 tokens = t5(ids.input_ids).last_hidden_state
             assert (pooled - ours.pooled).abs().max() <= 1e-5 and (tokens - ours.tokens).abs().max() <= 1e-5, prompt
+
+
+def test_two_that_write_the_same_folder_at_once(tmp_path: Path) -> None:
+    """The second to end is refused; neither has files of the other."""
+
+    def other() -> None:
+        with new_folder(tmp_path / "x") as folder:
+            (folder / "other").touch()
+
+    with pytest.raises(OutputError, match="cannot write"), new_folder(tmp_path / "x") as folder:
+        (folder / "one").touch()
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        assert (folder / "one").exists()
+    assert [path.name for path in tmp_path.rglob("*")] == ["x", "other"]
 
 
 def test_what_is_written_can_be_read_by_those_who_may_read_its_folder(exported: Path) -> None:

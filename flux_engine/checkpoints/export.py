@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -145,7 +146,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
     Raises OutputError if there is something at `folder` already, or writing fails.
     """
-    partial = folder.absolute().with_name(f".{folder.absolute().name}.{os.getpid()}.partial")
+    writer = f"{os.getpid()}-{threading.get_ident()}"
+    partial = folder.absolute().with_name(f".{folder.absolute().name}.{writer}.partial")
     try:
         if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
             raise OutputError(f"{folder} exists already: name a new folder")
