@@ -147,6 +147,13 @@ def test_loading_fills_every_tensor_and_freezes_it(tmp_path: Path) -> None:
     assert not loaded.weight.requires_grad
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool])
+def test_whole_numbers_are_no_weights(tmp_path: Path, dtype: torch.dtype) -> None:
+    save_file({"weight": torch.ones(2, 3, dtype=dtype), "bias": torch.zeros(2)}, tmp_path / "x.safetensors")
+    with WeightSource.open(tmp_path / "x.safetensors") as source, pytest.raises(WeightsError, match="whole numbers"):
+        load_module(lambda: nn.Linear(3, 2), source, dtype=torch.float32, device=CPU)
+
+
 def test_a_name_no_entry_matches_is_an_error() -> None:
     with pytest.raises(WeightsError, match=r"strange\.weight"):
         to_theirs({"strange.weight": torch.zeros(1)}, FLUX_DIFFUSERS)
