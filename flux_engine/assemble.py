@@ -19,7 +19,7 @@ from flux_engine.checkpoints.detect import Kind, parts_of, pick, what_is
 from flux_engine.checkpoints.folders import choose, is_index, shards_of, weights_in
 from flux_engine.checkpoints.source import WeightSource
 from flux_engine.config import EngineConfig
-from flux_engine.errors import UnsupportedError, WeightsError
+from flux_engine.errors import UnknownModel, UnsupportedError, WeightsError
 from flux_engine.fetch import fetch, listing
 from flux_engine.ledger import Ledger
 from flux_engine.params import DiffusionSchedule, FlowSchedule, FluxParams, Shapes, UNetParams, VAEParams
@@ -79,6 +79,9 @@ def find_model(
     files that a folder or repository has in several, as `x.fp16.safetensors`. `only` names the parts that are wanted.
     Raises UnknownModel, WeightsError or UnsupportedError.
     """
+    for said, value in (("revision", revision), ("variant", variant)):
+        if not (value is None or isinstance(value, str)):
+            raise UnknownModel(f"a {said} is named by a text, not by {value!r}")
     known = hub.manifests(config.weights)
     meant = hub.refer(name, known)
     if isinstance(meant, hub.Manifest):
@@ -86,6 +89,10 @@ def find_model(
             raise UnsupportedError(f"{meant.name} has no variant {variant!r}: its manifest names every file")
         manifest = meant.at(revision) if revision is not None else meant
         spec = manifest.model_spec()
+        given = {*manifest.files, *(name.partition("/")[0] for name in manifest.files)}
+        lacking = [part for part in (needed(spec) if only is None else only) if part not in given]
+        if lacking:
+            raise WeightsError(f"{meant.name}: its manifest lacks {', '.join(lacking)}: give them, or name a base")
         return Model(spec, manifest.obtain(offline=offline, ledger=Ledger(config.cache), only=only))
     if isinstance(meant, hub.Repository):
         path = _repository(meant.name, meant.file, revision or "main", variant, offline)

@@ -42,6 +42,8 @@ class EngineConfig:
             raise UnsupportedError(
                 f"quantization {self.quantization!r} is not there in this version; use {', '.join(QUANTIZATIONS)}"
             )
+        if not isinstance(self.embedding_cache, int):
+            raise UnsupportedError(f"embedding_cache {self.embedding_cache!r} is not a whole number")
         if self.embedding_cache < 0:
             raise UnsupportedError(f"embedding_cache {self.embedding_cache} is below 0")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ import torch
 from flux_engine import hardware, images
 from flux_engine.assemble import find_model
 from flux_engine.config import EngineConfig
-from flux_engine.errors import InvalidRequest, OutOfMemory, did_you_mean
+from flux_engine.errors import InvalidRequest, OutOfMemory, OutputError, did_you_mean
 from flux_engine.families.base import Family
 from flux_engine.families.flux import FluxFamily
 from flux_engine.families.load import load_family
@@ -32,7 +33,7 @@ LAYOUTS = ("diffusers", "bfl")
 
 
 def load(
-    model: str,
+    model: str | os.PathLike[str],
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
@@ -64,8 +65,9 @@ def load(
     began = time.perf_counter()
     target = hardware.pick_device(config.device)
     compute = hardware.pick_dtype(config.dtype, target)
-    found = find_model(model, config, revision=revision, variant=variant, offline=offline)
-    refining = None if refiner is None else find_model(refiner, config, offline=offline, only=["unet"])
+    name = os.fspath(model) if isinstance(model, os.PathLike) else model
+    found = find_model(name, config, revision=revision, variant=variant, offline=offline)
+    refining = None if refiner is None else find_model(os.fspath(refiner), config, offline=offline, only=["unet"])
     refined(found.spec, refining.spec if refining else None)
     with _memory_errors(f"loading {model}"):
         family = load_family(
@@ -167,6 +169,8 @@ class Engine:
         transformer and the autoencoder as Black Forest Labs' single files. Returns the folder.
         Raises InvalidRequest for another layout, OutputError if it cannot be written; then nothing is left of it.
         """
+        if not isinstance(folder, str | os.PathLike) or "\0" in str(folder):
+            raise OutputError(f"a folder is named by a text or a path, not by {folder!r}")
         family, folder = self._pipeline.family, Path(folder)
         if layout not in LAYOUTS:
             raise InvalidRequest(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}", field="layout")

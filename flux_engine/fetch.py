@@ -64,6 +64,8 @@ def _said(repository: str, file: str, revision: str, offline: bool) -> Iterator[
             raise
     except errors.HFValidationError as error:
         raise UnknownModel(f"{repository!r} is not the name of a repository, OWNER/NAME: {error}") from None
+    except ValueError as error:  # of the library, on a file name that leads out of the repository
+        raise UnknownModel(f"{what} cannot be asked for: {_first(error)}") from None
     except errors.GatedRepoError:
         raise WeightsError(
             f"{repository} is gated: accept its licence at {SITE}/{repository}, then log in with `hf auth login` or "

@@ -27,6 +27,14 @@ CHECKED_OUT = Path(__file__).parent.parent / "weights"
 KINDS = ("model", "controlnet", "vae", "lora", "adapter", "annotator", "safety checker")
 _REPOSITORY = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:/(?P<file>.+))?")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_KEYS: Mapping[str, type] = {
+    "kind": str, "family": str, "spec": str, "description": str, "licence": str, "source": str, "repository": str,
+    "base": str, "gated": bool, "files": dict,
+}  # fmt: skip
+_FILE_KEYS: Mapping[str, type] = {
+    "path": str, "repository": str, "file": str, "revision": str, "sha256": str, "bytes": int,
+}  # fmt: skip
+"""What a manifest may say, and of which type."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +173,11 @@ def manifests(extra: Path | None = None) -> dict[str, Manifest]:
     read: dict[str, tuple[Manifest, str | None]] = {}
     for folder in (weights_folder(), extra):
         if folder is not None:
-            for path in sorted((folder / "manifests").glob("*.toml")):
+            try:
+                paths = sorted((folder / "manifests").glob("*.toml"))
+            except OSError as error:
+                raise WeightsError(f"{folder / 'manifests'} cannot be read: {error.strerror}") from None
+            for path in paths:
                 read[path.stem] = _read(path, folder)
     return {name: replace(manifest, files=_files_of(name, read)) for name, (manifest, _) in read.items()}
 
@@ -224,6 +236,8 @@ def _lies_here(path: Path) -> bool:
     """Also a link that leads nowhere."""
     try:
         path.lstat()
+    except PermissionError:  # whoever reads it will say so
+        return True
     except (OSError, ValueError):  # also a name that is too long for one, or has a zero byte
         return False
     return True
@@ -257,6 +271,7 @@ def _read(path: Path, root: Path) -> tuple[Manifest, str | None]:
     """A manifest with its own files only, and the name of its base."""
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
+        _check(data, _KEYS)
         repository = data.get("repository", "")
         manifest = Manifest(
             name=path.stem,
@@ -277,7 +292,19 @@ def _read(path: Path, root: Path) -> tuple[Manifest, str | None]:
     return manifest, data.get("base")
 
 
+def _check(said: Mapping[str, Any], keys: Mapping[str, type]) -> None:
+    """Raise ValueError for a key that is not known, which is mostly one misspelt, and for a value of another type."""
+    for key, value in said.items():
+        if key not in keys:
+            raise ValueError(f"{key} is not one of {', '.join(keys)}{did_you_mean(key, keys)}")
+        if not isinstance(value, keys[key]):
+            raise ValueError(f"{key} is {value!r}")
+
+
 def _file(root: Path, name: str, entry: Mapping[str, Any], repository: str) -> WeightFile:
+    _check(entry, _FILE_KEYS)
+    if "sha256" in entry and not _SHA256.fullmatch(entry["sha256"]):
+        raise ValueError(f"sha256 is {entry['sha256']!r}, not 64 digits of a hexadecimal number in small letters")
     if "path" in entry:
         return WeightFile(root / entry["path"], "", "", "", entry.get("bytes"), entry.get("sha256"))
     return WeightFile(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from flux_engine.errors import InvalidRequest, did_you_mean
-from flux_engine.specs import LCM_STEPS, SCHEDULERS, ModelSpec, SDXLSpec
+from flux_engine.specs import LCM_STEPS, REFINER_STRENGTH, SCHEDULERS, ModelSpec, SDXLSpec
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 RefineMode = Literal["expert_ensemble_refiner", "base_image_refiner"]
@@ -219,6 +219,11 @@ class Request:
                     how = f"load({spec.name!r}, refiner=...)" if isinstance(spec, SDXLSpec) else "leave it out"
                     raise InvalidRequest(f"{name} {value!r}: {spec.name} has no refiner; {how}", field=name)
             return None
+        if mode == "base_image_refiner" and int(refine_steps * REFINER_STRENGTH) < 1:
+            raise InvalidRequest(
+                f"refine_steps {refine_steps} are too few: {REFINER_STRENGTH:.0%} of them are walked, so say 4 or more",
+                field="refine_steps",
+            )
         wanted = {"expert_ensemble_refiner": "high_noise_frac", "base_image_refiner": "refine_steps"}.get(mode)
         notes += [f"{name} {v} ignored by {mode}" for name, v in given.items() if v is not None and name != wanted]
         return None if mode == NO_REFINER else Refine(mode, fraction, refine_steps)  # pyright: ignore[reportArgumentType]

@@ -124,6 +124,10 @@ LCM_STEPS = 50
 """Steps the LCM scheduler was distilled from, and so the most it takes."""
 
 
+REFINER_STRENGTH = 0.3
+"""Share of its steps that a refiner walks over a picture that is done."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SDXLSpec(ModelSpec):
     """An SDXL model."""

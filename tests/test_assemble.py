@@ -8,7 +8,11 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +22,9 @@ from torch import Tensor
 import flux_engine
 from flux_engine import EngineConfig, OutputError, UnknownModel, UnsupportedError, WeightsError, cli, hub
 from flux_engine.assemble import find_model
+from flux_engine.checkpoints.export import new_folder
 from flux_engine.checkpoints.folders import choose, weights_in
+from flux_engine.checkpoints.source import WeightSource
 from flux_engine.engine import Engine
 from flux_engine.ledger import REMEMBERED, Ledger, Pin
 from flux_engine.specs import SPECS
@@ -60,7 +66,7 @@ def test_the_same_model_by_every_kind_of_name(engine: Engine, exported: Path, tm
     expected = latent(engine)
     save_file(everything(), tmp_path / "all.safetensors")
     for name in (PARTS["transformer"], exported, exported / "transformer", tmp_path / "all.safetensors"):
-        loaded = load(name)
+        loaded = flux_engine.load(name, device="cpu", dtype="float32", offline=True)
         assert torch.equal(latent(loaded), expected), name
         assert (loaded.spec.sizes, loaded.spec.num_inference_steps) == (engine.spec.sizes, 4)
         assert loaded.spec.schedule == engine.spec.schedule
@@ -98,6 +104,78 @@ def test_convert_keeps_every_bit(exported: Path, tmp_path: Path) -> None:
     assert again.keys() == first.keys() and all(torch.equal(again[name], first[name]) for name in first)
 
 
+@pytest.mark.parametrize(
+    ("matrices", "vectors", "whole"),
+    [
+        (torch.float16, torch.float16, torch.float16),
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.float16, torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.float16, torch.float16),
+    ],
+)
+def test_convert_of_other_dtypes(
+    tmp_path: Path, matrices: torch.dtype, vectors: torch.dtype, whole: torch.dtype
+) -> None:
+    """All in the dtype that most tensors have, which are the vectors: those that had it keep every bit."""
+    given = {n: t.to(matrices if t.ndim > 1 else vectors) for n, t in everything().items()}
+    save_file(given, tmp_path / "x.safetensors")
+    assert cli.main(["convert", str(tmp_path / "x.safetensors"), str(tmp_path / "bfl"), "--to", "bfl"]) == 0
+    assert cli.main(["convert", str(tmp_path / "x.safetensors"), str(tmp_path / "diffusers")]) == 0
+    for file, prefix in (("x", "model.diffusion_model."), ("ae", "vae.")):
+        written = load_file(tmp_path / "bfl" / f"{file}.safetensors")
+        assert {prefix + name for name in written} == {name for name in given if name.startswith(prefix)}
+        for name, tensor in written.items():
+            assert tensor.dtype == whole and torch.equal(tensor, given[prefix + name].to(whole)), name
+    names = (tmp_path / "x.safetensors", tmp_path / "diffusers", tmp_path / "bfl" / "x.safetensors")
+    first, *others = (flux_engine.load(name, device="cpu", dtype=whole, offline=True) for name in names)
+    expected = first._pipeline.family.net.state_dict()
+    for other in others:
+        found = other._pipeline.family.net.state_dict()
+        assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+    assert torch.equal(latent(first), latent(others[0]))
+
+
+def test_transformers_reads_what_is_written_and_encodes_the_same(engine: Engine, exported: Path) -> None:
+    from transformers import AutoTokenizer, CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+    text = engine._pipeline.family.text
+    clip = CLIPTextModel.from_pretrained(exported / "text_encoder", dtype=torch.float32)
+    t5 = T5EncoderModel.from_pretrained(exported / "text_encoder_2", dtype=torch.float32)
+    for clip_kind, t5_kind in ((CLIPTokenizer, T5TokenizerFast), (AutoTokenizer, AutoTokenizer)):
+        clip_tokens = clip_kind.from_pretrained(exported / "tokenizer")
+        t5_tokens = t5_kind.from_pretrained(exported / "tokenizer_2")
+        for prompt in ("a large red circle on a blue background", "", "Ünïcode ☃, <|endoftext|>  </s>", "a star " * 99):
+            ours = text.encode([prompt])
+            with torch.inference_mode():
+                ids = clip_tokens(prompt, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+                pooled = clip(ids.input_ids).pooler_output
+                length = text.max_sequence_length
+                ids = t5_tokens(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+                tokens = t5(ids.input_ids).last_hidden_state
+            assert (pooled - ours.pooled).abs().max() <= 1e-5 and (tokens - ours.tokens).abs().max() <= 1e-5, prompt
+
+
+def test_two_that_write_the_same_folder_at_once(tmp_path: Path) -> None:
+    """The second to end is refused; neither has files of the other."""
+
+    def other() -> None:
+        with new_folder(tmp_path / "x") as folder:
+            (folder / "other").touch()
+
+    with pytest.raises(OutputError, match="cannot write"), new_folder(tmp_path / "x") as folder:
+        (folder / "one").touch()
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        assert (folder / "one").exists()
+    assert [path.name for path in tmp_path.rglob("*")] == ["x", "other"]
+
+
+def test_what_is_written_can_be_read_by_those_who_may_read_its_folder(exported: Path) -> None:
+    modes = {path.stat().st_mode for path in exported.rglob("*") if path.is_file()}
+    assert len(modes) == 1, modes
+
+
 def test_convert_writes_whole_or_not_at_all(engine: Engine, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
@@ -106,6 +184,9 @@ def test_convert_writes_whole_or_not_at_all(engine: Engine, tmp_path: Path) -> N
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="exists already"):
         engine.export(tmp_path / "file")
+    for odd in (None, 3, b"x", "x\0"):
+        with pytest.raises(OutputError, match="named by a text or a path"):
+            engine.export(odd)  # pyright: ignore[reportArgumentType]
     program = (
         "import sys, flux_engine, resource, signal\n"
         "engine = flux_engine.load('demo-schnell', device='cpu')\n"
@@ -135,11 +216,64 @@ def test_convert_writes_whole_or_not_at_all(engine: Engine, tmp_path: Path) -> N
         ("falconsai-nsfw", UnknownModel, "is a safety checker and no model"),
         (PARTS["vae"], WeightsError, "it holds an autoencoder"),
         (PARTS["tokenizer"], WeightsError, "holds no safetensors file"),
+        ("x" * 5000, UnknownModel, "no model 'xxx"),
+        ("x" * 5000 + ".safetensors", WeightsError, "does not exist"),
+        ("~nobody-at-all/x", WeightsError, "~nobody-at-all/x does not exist"),
+        ("owner/x/../../y.safetensors", UnknownModel, "cannot contain a '..' path segment"),
+        ("owner/na--me", UnknownModel, "is not the name of a repository"),
+        ("https://huggingface.co/owner/x", UnknownModel, "OWNER/NAME on the Hugging Face hub"),
+        ("/dev/zero", WeightsError, "is not a file"),
+        ("/proc/self/mem", WeightsError, "cannot be read: Input/output error"),
+        (3, UnknownModel, "named by a text or a path, not by 3"),
+        (None, UnknownModel, "not by None"),
+        (b"demo-schnell", UnknownModel, "not by b'demo-schnell'"),
     ],
 )
-def test_names_that_cannot_be_loaded(name: object, error: type[Exception], words: str) -> None:
+def test_names_that_cannot_be_loaded(name: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
-        load(name)
+        flux_engine.load(name, device="cpu", offline=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"revision": 3}, UnknownModel, "a revision is named by a text, not by 3"),
+        ({"variant": ["fp16"]}, UnknownModel, "a variant is named by a text"),
+        ({"embedding_cache": "x"}, UnsupportedError, "embedding_cache 'x' is not a whole number"),
+        ({"dtype": torch.int8}, UnsupportedError, "dtype 'int8' is not one of"),
+    ],
+)
+def test_options_of_the_wrong_type(options: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        flux_engine.load("owner/name", offline=True, **options)
+
+
+@contextmanager
+def forbidden(folder: Path) -> Iterator[None]:
+    """A folder that nobody may look into, not even root."""
+    user = os.geteuid()
+    folder.chmod(0)
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+        folder.chmod(0o700)
+
+
+def test_what_may_not_be_looked_at(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = shutil.copytree(exported, tmp_path / "closed" / "x")
+    (tmp_path / "link.safetensors").symlink_to(folder / "x.safetensors")
+    with forbidden(folder.parent):
+        for name in (folder, folder.parent, folder / "x.safetensors", tmp_path / "link.safetensors"):
+            with pytest.raises(WeightsError, match="cannot be read: Permission denied"):
+                load(name)
+        with pytest.raises(WeightsError, match="cannot be read: Permission denied"):
+            WeightSource.open(folder / "x.safetensors")
+        monkeypatch.setenv("FLUX_ENGINE_WEIGHTS", str(folder.parent))
+        with pytest.raises(WeightsError, match="manifests cannot be read: Permission denied"):
+            load("demo-schnell")
 
 
 def test_folders_that_are_not_whole(exported: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from flux_engine.checkpoints import detect
 from flux_engine.checkpoints.inspect import inspect
 from flux_engine.checkpoints.keys import to_ours, to_theirs
 from flux_engine.checkpoints.safetensors_file import SafetensorsFile, Stored
-from flux_engine.checkpoints.source import Piece, Recipe, WeightSource
+from flux_engine.checkpoints.source import HALVES, Piece, Recipe, WeightSource
 from flux_engine.checkpoints.tables import FLUX_DIFFUSERS, unet_diffusers, unet_sgm, vae_diffusers
 from flux_engine.models.flux import Flux
 from flux_engine.models.unet import UNet
@@ -411,6 +411,19 @@ def test_tensors_of_every_dtype_and_odd_place(tmp_path: Path) -> None:
             assert source.rows(name).dtype == tensor.dtype
             assert torch.equal(source.rows(name).float(), tensor.float()), name
             assert torch.equal(source.rows(name, dtype=torch.float32), tensor.float()), name
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn])
+@pytest.mark.parametrize("asked", [torch.float16, torch.bfloat16, torch.float32])
+def test_every_number_is_converted_as_torch_does(tmp_path: Path, stored: torch.dtype, asked: torch.dtype) -> None:
+    """All 65,536 halves, over several buffers and a rest; a NaN stays one."""
+    halves = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    numbers = {torch.float8_e4m3fn: halves.view(torch.uint8).view(stored), torch.float32: halves.view(torch.bfloat16)}
+    given = numbers.get(stored, halves.view(stored if stored in HALVES else torch.bfloat16)).to(stored)
+    given = given.repeat(25)[: -(2**16) // 3].contiguous()
+    with WeightSource.open(one_file(tmp_path, {"a": given})) as source:
+        found = source.rows("a", dtype=asked)
+    assert found.dtype == asked and torch.equal(found.float().nan_to_num(7), given.to(asked).float().nan_to_num(7))
 
 
 def test_inspecting_a_file_with_everything_in_it(tmp_path: Path, flux: Tensors) -> None:

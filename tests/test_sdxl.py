@@ -154,7 +154,7 @@ def test_a_folder_loads_with_its_refiner_bit_for_bit(refined: Engine, folders: t
     assert loaded.spec.schedule == refined.spec.schedule
     assert set(loaded.describe()["parts"]) == {"unet", "vae", "text_encoder", "text_encoder_2", "refiner"}
     for refine in ("no_refiner", "expert_ensemble_refiner", "base_image_refiner"):
-        asked: dict[str, Any] = {"refine": refine, "num_inference_steps": 3, "width": 128, "height": 128}
+        asked: dict[str, Any] = {"refine": refine, "num_inference_steps": 4, "width": 128, "height": 128}
         assert torch.equal(run(loaded, **asked), run(refined, **asked))
 
 
@@ -173,15 +173,11 @@ def test_a_single_file_with_all_parts_gives_the_same_bits(
         **prefixed("conditioner.embedders.1.model.", as_open_clip(second)),
     }
     save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "all.safetensors")
-    files = {
-        part: tmp_path / "all.safetensors" for part in ("unet", "vae", "text_encoder", "text_encoder_2")
-    } | {
+    files = dict.fromkeys(("unet", "vae", "text_encoder", "text_encoder_2"), tmp_path / "all.safetensors") | {
         part: folders[0] / part
         for part in ("tokenizer", "tokenizer_2", "text_encoder/config.json", "text_encoder_2/config.json")
     }
-    loaded = Engine(
-        load_family(engine.spec, files, dtype=torch.float32, device=torch.device("cpu"), embedding_cache=0)
-    )
+    loaded = Engine(load_family(engine.spec, files, dtype=torch.float32, device=torch.device("cpu"), embedding_cache=0))
     assert torch.equal(run(loaded, num_inference_steps=2), run(engine, num_inference_steps=2))
 
 
@@ -242,6 +238,8 @@ def test_what_a_model_has_no_use_for_is_ignored_and_reported(engine: Engine, ref
     assert [note.split(" ")[0] for note in job.notes] == ["guidance_scale", "negative_prompt"]
     job = Request(prompt=PROMPT, refine="base_image_refiner", high_noise_frac=0.5).resolve(refined.spec)
     assert job.notes == ("high_noise_frac 0.5 ignored by base_image_refiner",)
+    with pytest.raises(InvalidRequest, match="too few"):
+        Request(prompt=PROMPT, refine="base_image_refiner", refine_steps=3).resolve(refined.spec)
     job = Request(prompt=PROMPT, width=61, height=64).resolve(engine.spec)
     assert (job.width, job.notes) == (64, ("width 61 rounded up to 64, a multiple of 8",))
     with pytest.raises(InvalidRequest, match="rounded up"):

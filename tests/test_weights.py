@@ -147,9 +147,45 @@ def test_loading_fills_every_tensor_and_freezes_it(tmp_path: Path) -> None:
     assert not loaded.weight.requires_grad
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool])
+def test_whole_numbers_are_no_weights(tmp_path: Path, dtype: torch.dtype) -> None:
+    save_file({"weight": torch.ones(2, 3, dtype=dtype), "bias": torch.zeros(2)}, tmp_path / "x.safetensors")
+    with WeightSource.open(tmp_path / "x.safetensors") as source, pytest.raises(WeightsError, match="whole numbers"):
+        load_module(lambda: nn.Linear(3, 2), source, dtype=torch.float32, device=CPU)
+
+
 def test_a_name_no_entry_matches_is_an_error() -> None:
     with pytest.raises(WeightsError, match=r"strange\.weight"):
         to_theirs({"strange.weight": torch.zeros(1)}, FLUX_DIFFUSERS)
+
+
+WHOLE = 'spec = "demo-schnell"\ndescription = ""\nlicence = ""\nsource = ""\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('[files.vae]\npath = "x"\nsha265 = "1"', "sha265 is not one of .*did you mean 'sha256'"),
+        ('[files.vae]\npath = "x"\nsha256 = "1"', "sha256 is '1', not 64 digits"),
+        ('[files.vae]\npath = "x"\nbytes = "12"', "bytes is '12'"),
+        ("[files.vae]\npath = 3", "path is 3"),
+        ("base = 3\n[files]", "base is 3"),
+    ],
+)
+def test_manifests_with_slips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, words: str) -> None:
+    (tmp_path / "manifests").mkdir()
+    (tmp_path / "manifests" / "mine.toml").write_text(WHOLE + text)
+    monkeypatch.setenv("FLUX_ENGINE_WEIGHTS", str(tmp_path))
+    with pytest.raises(WeightsError, match=rf"mine\.toml is not a manifest: .*{words}"):
+        flux_engine.load("mine")
+
+
+def test_a_manifest_that_gives_no_whole_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "manifests").mkdir()
+    (tmp_path / "manifests" / "mine.toml").write_text(WHOLE + '[files.transformer]\npath = "x.safetensors"')
+    monkeypatch.setenv("FLUX_ENGINE_WEIGHTS", str(tmp_path))
+    with pytest.raises(WeightsError, match=r"mine: its manifest lacks vae, text_encoder, .* or name a base"):
+        flux_engine.load("mine")
 
 
 @pytest.mark.parametrize("text", ["", "spec = 3", "[files", 'spec = "x"\nfiles = 1'])

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -198,7 +199,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
     Raises OutputError if there is something at `folder` already, or writing fails.
     """
-    partial = folder.absolute().with_name(f".{folder.absolute().name}.{os.getpid()}.partial")
+    writer = f"{os.getpid()}-{threading.get_ident()}"
+    partial = folder.absolute().with_name(f".{folder.absolute().name}.{writer}.partial")
     try:
         if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
             raise OutputError(f"{folder} exists already: name a new folder")
@@ -214,7 +216,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    path.touch()
+    mode = path.stat().st_mode
     save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, path, metadata={"format": "pt"})
+    path.chmod(mode)  # as for any file that is written here: safetensors makes them the owner's alone
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -77,6 +77,10 @@ def weights_in(folder: Path, *, variant: str | None = None) -> Path:
 
 def files_of(path: Path) -> list[Path]:
     """What makes up a source: a file, the shards of an index, or what is in a folder."""
-    if path.is_dir():
+    try:
+        folder = path.is_dir()
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror}") from None
+    if folder:
         path = weights_in(path)
     return shards_of(path) if is_index(path.name) else [path]

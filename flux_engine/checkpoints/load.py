@@ -29,7 +29,8 @@ def load_module(
 
     `make` builds it; nothing is allocated or initialised while it does. `rename` turns the network's name of a
     parameter into the file's. `tied` maps a parameter to the one whose storage it shares and which alone is stored.
-    Raises WeightsError listing every tensor that is missing, left over or of another shape; then nothing was placed.
+    Raises WeightsError listing every tensor that is missing, left over or of another shape, or for whole numbers; then
+    nothing was placed.
     """
     try:
         with torch.device("meta"):
@@ -41,7 +42,17 @@ def load_module(
         name: (rename(name), tuple(tensor.shape)) for name, tensor in module.state_dict().items() if name not in tied
     }
     _compare(source, dict(wanted.values()))
-    state = {name: source.rows(stored, dtype=dtype).to(device) for name, (stored, _) in wanted.items()}
+    for stored, _ in wanted.values():
+        kind = source.recipes[stored].dtype
+        if not kind.is_floating_point:
+            raise WeightsError(
+                f"{source.path}: {source.recipes[stored].stored} holds whole numbers ({kind}), which say nothing "
+                "without the tool that quantised them: use a file in float32, bfloat16, float16 or float8"
+            )
+    # Where a CPU computes with it, a tensor has memory of its own: a file may be written over while the engine runs,
+    # and a product with one row has other last bits where a tensor does not begin evenly in memory.
+    own = device.type == "cpu"
+    state = {name: source.rows(stored, dtype=dtype, own=own).to(device) for name, (stored, _) in wanted.items()}
     state |= {name: state[original] for name, original in tied.items()}
     module.load_state_dict(state, strict=True, assign=True)
     for name, original in tied.items():

@@ -61,6 +61,9 @@ class SafetensorsFile:
                 raise WeightsError(f"{path} is not a file")
             self._seen = self._state()
             self.tensors, self.metadata = self._header()
+        except OSError as error:
+            self.close()
+            raise WeightsError(f"{path} cannot be read: {error.strerror}") from None
         except BaseException:
             self.close()
             raise
@@ -90,7 +93,10 @@ class SafetensorsFile:
         view = memoryview(out.flatten().view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
         offset, done = stored.begin + start * row, 0
         while done < len(view):
-            count = os.preadv(self._fd, [view[done:]], offset + done)
+            try:
+                count = os.preadv(self._fd, [view[done:]], offset + done)
+            except OSError as error:
+                raise WeightsError(f"{self.path} cannot be read: {error.strerror}") from None
             if count == 0:
                 raise WeightsError(f"{self.path} ended while {name} was read: it was cut short in the meantime")
             done += count

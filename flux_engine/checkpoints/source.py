@@ -20,6 +20,8 @@ from flux_engine.errors import WeightsError
 
 BUFFER = 2**20
 """Bytes read at a time where a tensor is converted: few enough to stay in the cache (benchmarks/load_weights.py)."""
+HALVES = {torch.float16, torch.bfloat16}
+"""Between these torch converts number by number. By way of float32, which holds both exactly, it is vectorised."""
 
 
 @dataclass(frozen=True)
@@ -117,11 +119,19 @@ class WeightSource:
         kept = {name.removeprefix(prefix): r for name, r in self.recipes.items() if name.startswith(prefix)}
         return replace(self, recipes=kept, spell=lambda name: self.spell(prefix + name))
 
-    def rows(self, name: str, start: int = 0, stop: int | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
+    def rows(
+        self,
+        name: str,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        own: bool = False,
+    ) -> Tensor:
         """Rows start to stop of a tensor along its first axis, all of them by default; in the stored dtype by default.
 
-        What is needed as it is stored is mapped where it can be, and costs no memory of its own; what is converted is
-        read in bounded pieces.
+        What is needed as it is stored is mapped where it can be, and costs no memory of its own, unless it is to have
+        its `own`; what is converted is read in bounded pieces.
         Raises WeightsError for a name that is not there, rows that are not, or a file that was changed since.
         """
         if name not in self.recipes:
@@ -132,14 +142,14 @@ class WeightSource:
         if not 0 <= start <= stop <= count:
             raise WeightsError(f"{name!r} has {count} rows: there are none from {start} to {stop}")
         if recipe.transposed:
-            return _whole(recipe, dtype or recipe.dtype)[start:stop]
+            return _whole(recipe, dtype or recipe.dtype, own)[start:stop]
         if (start, stop) != (0, count):
             recipe = recipe.rows(start, stop)
-        return _whole(recipe, dtype or recipe.dtype)
+        return _whole(recipe, dtype or recipe.dtype, own)
 
 
-def _whole(recipe: Recipe, dtype: torch.dtype) -> Tensor:
-    if len(recipe.pieces) == 1 and dtype == recipe.dtype:
+def _whole(recipe: Recipe, dtype: torch.dtype, own: bool) -> Tensor:
+    if len(recipe.pieces) == 1 and dtype == recipe.dtype and not own:
         (piece,) = recipe.pieces
         stored = piece.file.mapped(piece.name)
         if stored is not None:
@@ -160,7 +170,9 @@ def _read(piece: Piece, stored: torch.dtype, out: Tensor, at: int) -> int:
     """Into the rows of `out` from `at` on -> where the next piece begins."""
     width = out.shape[1]
     step = max(1, BUFFER // max(1, width * stored.itemsize))
-    buffer = None if out.dtype == stored else torch.empty((min(step, piece.stop - piece.start), width), dtype=stored)
+    some = (min(step, piece.stop - piece.start), width)
+    buffer = None if out.dtype == stored else torch.empty(some, dtype=stored)
+    middle = torch.empty(some, dtype=torch.float32) if {stored, out.dtype} == HALVES else None
     for start in range(piece.start, piece.stop, step):
         stop = min(start + step, piece.stop)
         rows = out[at : at + stop - start]
@@ -169,6 +181,6 @@ def _read(piece: Piece, stored: torch.dtype, out: Tensor, at: int) -> int:
         else:
             part = buffer[: stop - start]
             piece.file.read(piece.name, start, stop, part)
-            rows.copy_(part)
+            rows.copy_(part if middle is None else middle[: len(part)].copy_(part))
         at += stop - start
     return at

@@ -34,7 +34,7 @@ from flux_engine.models.vae import AutoEncoder
 from flux_engine.params import UNetParams
 from flux_engine.request import Job
 from flux_engine.schedulers import Diffusers, Schedule, scheduler_config
-from flux_engine.specs import SDXLSpec
+from flux_engine.specs import REFINER_STRENGTH, SDXLSpec
 from flux_engine.text.encoders import TextCond
 from flux_engine.text.sdxl import SDXLTextEncoder
 
@@ -57,8 +57,6 @@ def load_unet(spec: SDXLSpec, file: Path, *, dtype: torch.dtype, device: torch.d
 
 AESTHETIC_SCORES = (2.5, 6.0)
 """What the refiner is told of the negative prompt's picture and of the prompt's (arXiv 2307.01952, appendix)."""
-REFINER_STRENGTH = 0.3
-"""Share of its steps that a refiner walks over a picture that is done."""
 
 
 @dataclass(frozen=True)
