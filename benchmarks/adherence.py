@@ -30,7 +30,7 @@ from PIL import Image
 import flux_engine
 from benchmarks import captions, oracle, sheets, world
 from flux_engine import Engine, images
-from flux_engine.specs import MEGAPIXELS, PUBLISHED_SIZES, ModelSpec
+from flux_engine.specs import PUBLISHED_SIZES, ModelSpec
 
 Size = tuple[int, int]
 Draw = Callable[[world.Scene, str, int, Size | None], Image.Image]
@@ -198,7 +198,7 @@ def sheet(drawings: Sequence[Drawing]) -> Image.Image:
 
 def all_sizes(spec: ModelSpec) -> list[Size]:
     """Every size in a model's table."""
-    return [spec.sizes.named(ratio, megapixels) for ratio in PUBLISHED_SIZES for megapixels in MEGAPIXELS]
+    return [spec.sizes.named(ratio, megapixels) for ratio in PUBLISHED_SIZES for megapixels in spec.sizes.classes]
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import flux_engine
 from benchmarks import oracle, sheets
 from benchmarks.prompts import PROMPTS, WIDE
 from benchmarks.world import Scene
-from flux_engine.specs import MEGAPIXELS, PUBLISHED_SIZES
+from flux_engine.specs import PUBLISHED_SIZES
 
 VARIED = (PROMPTS[0], *WIDE[1:9:3])
 """The prompts that are drawn once for each value."""
@@ -29,7 +29,7 @@ GUIDANCE = (0.0, 1.0, 2.0, 3.5, 5.0)
 SEEDS = range(6)
 
 
-def variants(by: str) -> Iterator[tuple[str, Scene, str, dict[str, Any]]]:
+def variants(by: str, classes: Sequence[str]) -> Iterator[tuple[str, Scene, str, dict[str, Any]]]:
     """(prompt, scene, words below, request fields) for every picture of a sheet."""
     if by == "prompt":
         for prompt, scene in PROMPTS:
@@ -38,7 +38,7 @@ def variants(by: str) -> Iterator[tuple[str, Scene, str, dict[str, Any]]]:
     values: dict[str, list[tuple[str, dict[str, Any]]]] = {
         "size": [
             (f"{ratio}, {megapixels} megapixel", {"aspect_ratio": ratio, "megapixels": megapixels})
-            for megapixels in MEGAPIXELS
+            for megapixels in classes
             for ratio in PUBLISHED_SIZES
         ],
         "steps": [(f"{n} steps", {"num_inference_steps": n}) for n in STEPS],
@@ -63,7 +63,7 @@ def main() -> None:
     engine = flux_engine.load(args.model)
     tiles: list[Image.Image] = []
     right = 0
-    for prompt, scene, words, fields in variants(args.by):
+    for prompt, scene, words, fields in variants(args.by, engine.spec.sizes.classes):
         picture = engine(prompt, **{"seed": args.seed, **fields}).image
         verdict = oracle.judge(picture, scene)
         wrong = ", ".join(name for name, good in verdict.items() if not good)

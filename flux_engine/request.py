@@ -136,7 +136,7 @@ class Request:
         if self.width is None and self.height is None:
             return sizes.named(
                 "1:1" if self.aspect_ratio is None else self.aspect_ratio,
-                spec.default_size if self.megapixels is None else self.megapixels,
+                self.megapixels,
             )
         if self.width is None or self.height is None:
             missing = "width" if self.width is None else "height"

@@ -42,21 +42,24 @@ class SizeTable:
     """The published sizes are divided by this. 1 for published models; small demo models have more."""
     multiple: int = 16
     """Sides are multiples of this: 8 for the autoencoder, 2 for the transformer's patches."""
+    classes: tuple[str, ...] = MEGAPIXELS
+    """The megapixels that a model draws; the first is what it draws if nothing is said."""
     min_side: int = 128
     max_side: int = 2048
     max_pixels: int = 2048 * 2048
 
-    def named(self, aspect_ratio: str, megapixels: str = "1") -> tuple[int, int]:
+    def named(self, aspect_ratio: str, megapixels: str | None = None) -> tuple[int, int]:
         """(width, height) of a published aspect ratio. Raises InvalidRequest for a name that is not in the table."""
+        megapixels = self.classes[0] if megapixels is None else megapixels
         if aspect_ratio not in PUBLISHED_SIZES:
             raise InvalidRequest(
                 f"aspect_ratio {aspect_ratio!r} is not one of {', '.join(PUBLISHED_SIZES)}; "
                 "for another size give width and height",
                 field="aspect_ratio",
             )
-        if megapixels not in MEGAPIXELS:
+        if megapixels not in self.classes:
             raise InvalidRequest(
-                f"megapixels {megapixels!r} is not one of {', '.join(map(repr, MEGAPIXELS))}",
+                f"megapixels {megapixels!r} is not one of {', '.join(map(repr, self.classes))}",
                 field="megapixels",
             )
         divisor = self.divisor * (1 if megapixels == "1" else 2)
@@ -75,8 +78,6 @@ class ModelSpec:
     name: str
     vae: VAEParams
     sizes: SizeTable
-    default_size: str = "1"
-    """Megapixels of a picture when nothing is asked for."""
     num_inference_steps: int
     """Default number of denoising steps."""
     max_inference_steps: int = 1000
@@ -236,7 +237,7 @@ SDXL = SDXLSpec(
     unet=UNetParams(),
     vae=VAEParams(latent_channels=4, scaling_factor=0.13025, shift_factor=0.0, quant_conv=True, force_upcast=True),
     schedule=DiffusionSchedule(),
-    sizes=SizeTable(multiple=8),
+    sizes=SizeTable(multiple=8, classes=("1",)),
     num_inference_steps=50,
     guidance_scale=7.5,
     guidance_embedded=False,
@@ -260,7 +261,7 @@ SDXL_TURBO = replace(
     SDXL,
     name="sdxl-turbo",
     schedule=DiffusionSchedule(scheduler="K_EULER_ANCESTRAL", timestep_spacing="trailing"),
-    default_size="0.25",
+    sizes=SizeTable(multiple=8, classes=("0.25", "1")),
     num_inference_steps=1,
     guidance_scale=None,
 )
@@ -301,7 +302,7 @@ DEMO_SDXL = replace(
         latent_channels=4, channels=16, norm_groups=8, scaling_factor=0.24, shift_factor=0.0, quant_conv=True
     ),
     schedule=DiffusionSchedule(prediction_type="v_prediction"),
-    sizes=SizeTable(divisor=4, multiple=8, min_side=32, max_side=512, max_pixels=512 * 512),
+    sizes=replace(DEMO_DEV.sizes, multiple=8, classes=("1",)),
     num_inference_steps=25,
     guidance_scale=3.0,
 )

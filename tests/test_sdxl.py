@@ -260,7 +260,7 @@ def test_presets_have_the_published_defaults() -> None:
         assert isinstance(spec, SDXLSpec)
         schedule = spec.schedule
         found = (spec.num_inference_steps, spec.guidance_scale, schedule.scheduler, schedule.timestep_spacing)
-        assert (*found, spec.default_size) == values
+        assert (*found, spec.sizes.classes[0]) == values
     assert Request(prompt="x").resolve(SDXL_TURBO).width == 512
 
 

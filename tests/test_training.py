@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import randomise, relative_error
 from torch import Tensor, nn
-from training import batches, flux, hints, run, vae
+from training import batches, flux, hints, run, unet, vae
+from training.export import WEIGHTS
 from training.latents import Pool, arrange, boxes_of, coverage_maps
+from transformers import CLIPTokenizer
 
 from benchmarks import world
 from benchmarks.world import Ground, Scene, Thing
-from flux_engine.families.flux import image_ids
+from flux_engine.families.flux import image_ids, unpatchify
 from flux_engine.models.flux import Flux
+from flux_engine.schedulers import sigma_at
+from flux_engine.specs import DEMO_SDXL
 
 WIDTH, HEIGHT = 160, 112
 
@@ -81,7 +86,7 @@ def batch_of(settled: list[bool], size: tuple[int, int] = (16, 64)) -> batches.B
         x0=torch.randn(count, *size), noise=torch.randn(count, *size), t=torch.ones(count),
         tokens=torch.empty(0), pooled=torch.empty(0), positions=torch.empty(0), captioned=torch.empty(0),
         settled=torch.tensor(settled), guidance=torch.ones(count), weight=torch.ones(count, size[0]),
-        answers=None,  # pyright: ignore[reportArgumentType]
+        size=(64, 64), answers=None,  # pyright: ignore[reportArgumentType]
     )  # fmt: skip
 
 
@@ -154,7 +159,7 @@ def test_a_run_that_was_stopped_goes_on_as_it_would_have(tmp_path: Path, monkeyp
 
 def test_the_autoencoder_trains_on_pieces_with_an_object_in_them() -> None:
     rng = random.Random(2)
-    pieces = [vae.around_an_object(rng) for _ in range(12)]
+    pieces = [vae.around_an_object(rng, "0.25") for _ in range(12)]
     assert {piece.size for piece in pieces} == {(64, 64)}
     colors = [piece.getcolors(64 * 64) or [] for piece in pieces]
     assert all(len([count for count, _ in found if count > 40]) > 1 for found in colors)
@@ -167,3 +172,42 @@ def test_muon_in_float32_makes_a_gradient_orthogonal() -> None:
         assert (torch.linalg.svdvals(ours) - 1).abs().max() < 0.5
         u, _, v = torch.linalg.svd(grad, full_matrices=False)
         assert torch.nn.functional.cosine_similarity(ours.flatten(), (u @ v).flatten(), dim=0) > 0.95
+
+
+def test_a_unet_that_is_right_gives_the_flow_its_velocity() -> None:
+    """Of a picture with noise as SDXL has it, through v and back, at every noise level but pure noise."""
+    batch = replace(batch_of([True] * 5, (16, 16)), t=torch.tensor([0.05, 0.3, 0.6, 0.9, 0.93]))
+    x0, noise = (unpatchify(tokens, 8, 8) for tokens in (batch.x0, batch.noise))
+    seen: list[torch.Tensor] = []
+
+    class Right(torch.nn.Module):
+        def precompute(self, *told: torch.Tensor) -> torch.Tensor:
+            seen.append(told[3])
+            return told[3]
+
+        def forward(self, x: torch.Tensor, call: int, timesteps: torch.Tensor) -> torch.Tensor:
+            t = batch.t[:, None, None, None]
+            length = (t**2 + (1 - t) ** 2).sqrt()
+            assert torch.allclose(x, ((1 - t) * x0 + t * noise) / length, atol=1e-6)
+            return (1 - t) / length * noise - t / length * x0
+
+    traced = unet.Traced(unet.new_unet())
+    traced.unet = Right()  # pyright: ignore[reportAttributeAccessIssue]
+    assert relative_error(traced.velocity(batch.mixed, batch), batch.noise - batch.x0) < 1e-4
+    for t, timestep in zip(batch.t.tolist(), seen[0][0].tolist(), strict=True):
+        assert sigma_at(DEMO_SDXL.schedule, timestep) == pytest.approx(t / (1 - t), rel=1e-3)
+
+
+def test_pure_noise_has_a_timestep_where_samplers_begin() -> None:
+    timesteps, sigma = unet.discrete(torch.ones(200))
+    low, high = unet.FIRST_TIMESTEPS
+    assert low <= timesteps.min() < timesteps.max() <= high
+    assert sigma.min() > 7 and sigma.max() < 14.7
+
+
+def test_the_paired_encoders_read_what_the_family_reads(tmp_path: Path) -> None:
+    """Training reads captions as requests do, for which both have a tokenizer and a padding of their own."""
+    tokenizers = WEIGHTS / "demo" / "flux" / "tokenizer", WEIGHTS / "demo" / "sdxl" / "tokenizer_2"
+    first, second = (CLIPTokenizer.from_pretrained(folder) for folder in tokenizers)
+    assert (first.pad_token, second.pad_token) == ("<|endoftext|>", "!")
+    assert first("a red circle").input_ids == second("a red circle").input_ids
