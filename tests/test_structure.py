@@ -144,3 +144,19 @@ def test_only_config_reads_the_environment() -> None:
 def test_source_files_stay_readable() -> None:
     for path in modules():
         assert len(path.read_text().splitlines()) <= 420, f"{path} is long: split it"
+
+
+def test_there_is_one_loop_over_timesteps() -> None:
+    """Of all loops of the package, in statements or comprehensions, one takes the steps of a schedule."""
+    loops = (ast.For, ast.While, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+    stepping = {
+        f"{path.name}:{function.name}"
+        for path in modules()
+        for function in ast.walk(ast.parse(path.read_text()))
+        if isinstance(function, ast.FunctionDef)
+        for loop in ast.walk(function)
+        if isinstance(loop, loops)
+        for call in ast.walk(loop)
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "step"
+    }
+    assert stepping == {"pipeline.py:_denoise"}
