@@ -74,7 +74,8 @@ def main() -> None:
         ("base", flux.train_base, 10_000, 1.2e-3, 18),
         ("dev", flux.train_dev, 500, 4e-4, 16),
         ("schnell", flux.train_schnell, 600, 4e-4, 16),
-        ("sdxl-base", unet.train_base, 8000, 1.2e-3, 16),
+        ("sdxl-base", unet.train_base, 8000, 5e-4, 16),
+        ("sdxl-turbo", unet.train_turbo, 600, 2e-4, 16),
     ):
         command = part(name, run, steps=steps, lr=lr, batch=batch)
         command.add_argument("--large", type=float, default=0.35, help="share of batches at the full megapixel")

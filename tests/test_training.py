@@ -93,7 +93,7 @@ def batch_of(settled: list[bool], size: tuple[int, int] = (16, 64)) -> batches.B
 @pytest.mark.parametrize("steps", [2, 4, 28])
 def test_a_walk_ends_at_the_picture_if_every_step_is_right(steps: int) -> None:
     batch = batch_of([True, True])
-    walk = batches.Walk(batch, batch.noise, steps)
+    walk = batches.Walk(batch, batch.noise, batches.evenly(steps))
     for _ in range(steps - 1):
         assert walk.go(walk.batch.velocity(walk.x))
     assert not walk.go(walk.batch.velocity(walk.x))
@@ -102,7 +102,7 @@ def test_a_walk_ends_at_the_picture_if_every_step_is_right(steps: int) -> None:
 
 def test_a_walk_keeps_what_the_network_missed_but_where_the_caption_leaves_much_open() -> None:
     batch = batch_of([True, False])
-    walk = batches.Walk(batch, batch.noise, 4)
+    walk = batches.Walk(batch, batch.noise, batches.evenly(4))
     walk.go(walk.batch.velocity(walk.x) + 1)
     assert torch.allclose(walk.x[0], walk.batch.mixed[0] - 0.25, atol=1e-5)
     assert torch.equal(walk.x[1], walk.batch.mixed[1])
@@ -113,7 +113,7 @@ def test_walks_of_different_sizes_end_and_make_room_for_others() -> None:
         def draw(self, rng: random.Random, *_: object, **__: object) -> batches.Batch:
             return batch_of([True], size=(rng.choice((9, 16)), 4))
 
-    walks, rng, seen = batches.Walks(Sizes(), (2, 4)), random.Random(0), set[int]()  # pyright: ignore[reportArgumentType]
+    walks, rng, seen = batches.Walks(Sizes(), [batches.evenly(2), batches.evenly(4)]), random.Random(0), set[int]()  # pyright: ignore[reportArgumentType]
     for _ in range(200):
         walk = walks.take(rng)
         seen.add(id(walk.batch.x0))

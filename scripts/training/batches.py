@@ -92,16 +92,24 @@ class Walk:
 
     batch: Batch
     x: Tensor
-    steps: int
+    times: Sequence[float]
+    """Noise levels it stops at, from 1 to 0."""
+    taken: int = 0
 
     def go(self, velocity: Tensor) -> bool:
         """Take a step; whether there is another one."""
-        t = self.batch.t - 1 / self.steps
-        self.x = self.x - velocity.detach() / self.steps
-        self.batch = replace(self.batch, t=t)
+        now, then = self.times[self.taken], self.times[self.taken + 1]
+        self.taken += 1
+        self.x = self.x - (now - then) * velocity.detach()
+        self.batch = replace(self.batch, t=torch.full_like(self.batch.t, then))
         # What the network chose to draw where much is open need not be what the picture shows.
         self.x = torch.where(self.batch.settled[:, None, None], self.x, self.batch.mixed)
-        return bool(t[0] > 0.5 / self.steps)
+        return then > 0
+
+
+def evenly(steps: int) -> list[float]:
+    """The times of a walk in steps of one length."""
+    return [1 - i / steps for i in range(steps)] + [0.0]
 
 
 class Walks:
@@ -111,15 +119,16 @@ class Walks:
     They are not kept with a run's checkpoint: one that was stopped begins them anew.
     """
 
-    def __init__(self, source: Source, steps: Sequence[int], thin: float = 0.0) -> None:
-        self.source, self.steps, self.thin = source, steps, thin
+    def __init__(self, source: Source, plans: Sequence[Sequence[float]], thin: float = 0.0) -> None:
+        """`plans` are the times of the walks there are to be."""
+        self.source, self.plans, self.thin = source, plans, thin
         self.under_way: list[Walk] = []
 
     def take(self, rng: random.Random) -> Walk:
         if len(self.under_way) < WALKS:
             batch = self.source.draw(rng, lambda _: 1.0, thin=self.thin)
-            (steps,) = rng.choices(self.steps, [1 / n for n in self.steps])  # as many visits to each kind
-            self.under_way.append(Walk(batch, batch.noise, steps))
+            (times,) = rng.choices(self.plans, [1 / len(plan) for plan in self.plans])  # as many visits to each kind
+            self.under_way.append(Walk(batch, batch.noise, times))
         return self.under_way[rng.randrange(len(self.under_way))]
 
     def go(self, walk: Walk, velocity: Tensor) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,16 +20,16 @@ from flux_engine.hardware import has_bf16
 from flux_engine.models.flux import Flux, FluxStatics
 from flux_engine.specs import DEMO_DEV
 from training import hints
-from training.batches import Batch, Source, Walks, noise_level
+from training.batches import Batch, Source, Walks, evenly, noise_level
 from training.run import Run, autocast, read_average
 
 PARAMS = replace(DEMO_DEV.transformer, guidance_embed=False)
-WALK_STEPS = (2, 4, 8, 16, 28)
-"""Numbers of steps in which a base or demo-dev goes from noise to a picture."""
+WALKS = [evenly(steps) for steps in (2, 4, 8, 16, 28)]
+"""How a base or demo-dev goes from noise to a picture."""
 FULL_WEIGHT = 0.25
 """Noise level below which the error of a velocity where own steps led counts less: there it is large, since all of what
 they missed is to be made up for at once."""
-FEW_STEPS = (2, 4)
+SHORT_WALKS = [evenly(steps) for steps in (2, 4)]
 """Those of demo-schnell."""
 GUIDED_ABOVE = 0.5
 """Noise level down to which guidance counts. Below, it makes edges ragged (arXiv 2404.07724)."""
@@ -141,7 +142,7 @@ def train_base(args: argparse.Namespace) -> None:
         net.load_state_dict({k: v.float() for k, v in load_file(args.start).items()})
     run = Run("base", net, optimizers_of(net, args.lr), steps=args.steps, ema=0.999)
     source = Source(args.batch, args.large, uncaptioned=0.1)
-    walks = Walks(source, WALK_STEPS, args.thin)
+    walks = Walks(source, WALKS, args.thin)
 
     def look(batch: Batch, x: Tensor, walked: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """-> velocity; the error of every picture; all that goes into the loss."""
@@ -183,10 +184,14 @@ def strength(guidance: Tensor, t: Tensor) -> Tensor:
     return torch.where(guidance > 1, torch.where(t > GUIDED_ABOVE, 1 + (guidance - 1) / 2, 1.0), guidance)
 
 
-def guided(run: Run, net: Flux, teacher: Flux, source: Source, steps: Sequence[int]) -> None:
+Predict = Callable[[Tensor, Batch], Tensor]
+"""Tokens, and the batch whose noise level they have -> the velocity there."""
+
+
+def guided(run: Run, pupil: Predict, teacher: Predict, source: Source, plans: Sequence[Sequence[float]]) -> None:
     """Guidance distillation (arXiv 2210.03142), one call that gives what two calls of the base give together, on
     pictures with noise and where own steps lead. In place of the base's answer to the caption stands the truth."""
-    walks = Walks(source, steps)
+    walks = Walks(source, plans)
 
     def loss_at(batch: Batch, x: Tensor, walked: bool) -> tuple[Tensor, Tensor]:
         target = batch.velocity(x)
@@ -198,8 +203,8 @@ def guided(run: Run, net: Flux, teacher: Flux, source: Source, steps: Sequence[i
                 pooled=source.nothing_pooled.expand_as(batch.pooled),
             )
             with torch.no_grad():
-                target = target + added * (predict(teacher, x, batch) - predict(teacher, x, empty))
-        out = predict(net, x, batch)
+                target = target + added * (teacher(x, batch) - teacher(x, empty))
+        out = pupil(x, batch)
         return out, error_of(out, target, batch, walked).mean()
 
     def loss_of(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
@@ -227,7 +232,8 @@ def train_dev(args: argparse.Namespace) -> None:
         return rng.uniform(0, 1) if rng.random() < 0.2 else rng.uniform(1, 6)
 
     run = Run("demo-dev", nn.ModuleDict({"flux": flux}), optimizers_of(flux, args.lr), steps=args.steps, ema=0.99)
-    guided(run, flux, teacher, Source(args.batch, args.large, guidance=guidance), WALK_STEPS)
+    source = Source(args.batch, args.large, guidance=guidance)
+    guided(run, partial(predict, flux), partial(predict, teacher), source, WALKS)
 
 
 def train_schnell(args: argparse.Namespace) -> None:
@@ -238,4 +244,4 @@ def train_schnell(args: argparse.Namespace) -> None:
     flux.load_state_dict(teacher.state_dict())
     run = Run("demo-schnell", nn.ModuleDict({"flux": flux}), optimizers_of(flux, args.lr), steps=args.steps, ema=0.99)
     source = Source(args.batch, args.large, guidance=lambda _: DEMO_DEV.guidance_scale or 1.0)
-    guided(run, flux, teacher, source, FEW_STEPS)
+    guided(run, partial(predict, flux), partial(predict, teacher), source, SHORT_WALKS)

@@ -20,15 +20,15 @@ import flux_engine.models.unet
 from flux_engine.families.flux import patchify, unpatchify
 from flux_engine.hardware import has_bf16
 from flux_engine.models.unet import UNet
-from flux_engine.specs import DEMO_SDXL
+from flux_engine.schedulers import Diffusers, sigma_at
+from flux_engine.specs import DEMO_DEV, DEMO_SDXL, DEMO_SDXL_TURBO, SDXLSpec
 from training import hints
 from training.batches import Batch, Source, Walks, noise_level
-from training.flux import error_of, explicit_attention, orthogonal
+from training.flux import error_of, explicit_attention, guided, orthogonal
 from training.run import Run, autocast, read_average
 from training.text import load_paired
 
 PARAMS = DEMO_SDXL.unet
-WALK_STEPS = (4, 8, 16, 28)
 FIRST_TIMESTEPS = (900.0, 999.0)
 """Where a sampler may begin: what it calls pure noise has a timestep from here."""
 
@@ -54,6 +54,13 @@ def discrete(t: Tensor) -> tuple[Tensor, Tensor]:
     timestep = torch.where(t > 0.999, a + (b - a) * torch.rand_like(t), timestep)
     whole = timestep.long().clamp(max=len(LOG_SIGMAS) - 2)
     return timestep, torch.lerp(LOG_SIGMAS[whole], LOG_SIGMAS[whole + 1], timestep - whole).exp()
+
+
+def walk(spec: SDXLSpec, steps: int) -> list[float]:
+    """The flow times that a sampler stops at, the first of which it takes for pure noise."""
+    timesteps = Diffusers(spec.schedule, spec.schedule.scheduler, steps, []).timesteps
+    sigmas = [sigma_at(spec.schedule, timestep) for timestep in timesteps]
+    return [1.0, *(sigma / (1 + sigma) for sigma in sigmas[1:]), 0.0]
 
 
 class Traced(nn.Module):
@@ -133,7 +140,7 @@ def train_base(args: argparse.Namespace) -> None:
         net.load_state_dict({k: v.float() for k, v in load_file(args.start).items()})
     run = Run("sdxl-base", net, optimizers_of(net, args.lr), steps=args.steps, ema=0.999)
     source = source_of(args, uncaptioned=0.1)
-    walks = Walks(source, WALK_STEPS)
+    walks = Walks(source, [walk(DEMO_SDXL, 25), *(walk(DEMO_SDXL_TURBO, steps) for steps in (4, 8, 16))])
 
     def look(batch: Batch, x: Tensor, walked: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         out, facts, edges, drawn = net(x, batch)
@@ -162,3 +169,14 @@ def load_base() -> UNet:
     unet = new_unet()
     unet.load_state_dict(read_average("sdxl-base", "unet."))
     return unet.eval().requires_grad_(False)
+
+
+def train_turbo(args: argparse.Namespace) -> None:
+    """Four steps or fewer, with the guidance inside, as demo-schnell has it."""
+    flux_engine.models.unet.attention = explicit_attention
+    torch.manual_seed(7)
+    teacher, pupil = Traced(load_base()), Traced(load_base().requires_grad_(True).train())
+    run = Run("demo-sdxl-turbo", pupil, optimizers_of(pupil.unet, args.lr), steps=args.steps, ema=0.99)
+    source = source_of(args, guidance=lambda _: DEMO_DEV.guidance_scale or 1.0)
+    plans = [walk(DEMO_SDXL_TURBO, steps) for steps in (2, 4)]
+    guided(run, pupil.velocity, teacher.velocity, source, plans)
