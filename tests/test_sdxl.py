@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from flux_engine import hub
 from flux_engine.checkpoints.keys import to_theirs
 from flux_engine.checkpoints.tables import unet_sgm
 from flux_engine.engine import Engine
-from flux_engine.errors import InvalidRequest
+from flux_engine.errors import InvalidRequest, RequestCancelled
 from flux_engine.families.load import load_family
+from flux_engine.params import DiffusionSchedule
+from flux_engine.pipeline import Step
 from flux_engine.request import Request
 from flux_engine.schedulers import scheduler_config
 from flux_engine.specs import SCHEDULERS, SDXL_TURBO, SDXLSpec
@@ -273,3 +276,90 @@ def test_a_refiner_goes_with_sdxl_only(folders: tuple[Path, Path]) -> None:
     ):
         with pytest.raises(InvalidRequest, match=words):
             flux_engine.load(model, refiner=beside)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scheduler", ["K_EULER_ANCESTRAL", "DPM++2MSDE", "LCM"])
+def test_a_batch_is_its_singles(dtype: torch.dtype, scheduler: str) -> None:
+    """Also where noise is drawn on the way: from each picture's own generator."""
+    family = sdxl_models.family()
+    for network in family.networks().values():
+        network.to(dtype)
+    engine = Engine(family)
+    asked: dict[str, Any] = {"scheduler": scheduler, "num_inference_steps": 3}
+    batch = run(engine, num_outputs=3, seed=10, **asked)
+    singles = torch.cat([run(engine, seed=10 + k, **asked) for k in range(3)])
+    assert torch.equal(batch, singles)
+
+
+@pytest.mark.parametrize(("scheduler", "calls"), [("K_EULER", 4), ("HeunDiscrete", 7), ("PNDM", 5)])
+def test_every_call_is_told_with_what_is_foreseen(engine: Engine, scheduler: str, calls: int) -> None:
+    """Calls, not steps; the last foresees what comes out."""
+    seen: list[Step] = []
+    result = engine(
+        PROMPT, scheduler=scheduler, num_inference_steps=4, guidance_scale=1.0, seed=3, output_type="latent",
+        on_step=seen.append, **SIZE,
+    )  # fmt: skip
+    assert [(step.index, step.total) for step in seen] == [(i + 1, calls) for i in range(calls)]
+    assert 1 > seen[0].timestep > seen[-1].timestep >= 0
+    assert seen[0].preview()[0].size == (SIZE["width"] // 8, SIZE["height"] // 8)
+    if scheduler == "K_EULER":  # whose last step goes to where no noise is left
+        assert latent_error(seen[-1].latent[0], result[0]) <= 1e-5
+
+
+def test_cancelled_between_the_stages(refined: Engine) -> None:
+    cancel = threading.Event()
+    seen: list[int] = []
+
+    def stop(step: Step) -> None:
+        seen.append(step.index)
+        if step.index == 4:
+            cancel.set()
+
+    asked: dict[str, Any] = {"refine": "base_image_refiner", "refine_steps": 10, "num_inference_steps": 4}
+    with pytest.raises(RequestCancelled):
+        refined(PROMPT, cancel=cancel, on_step=stop, **asked, **SIZE)
+    assert seen == [1, 2, 3, 4]
+    assert run(refined, num_inference_steps=2).isfinite().all()
+
+
+TURBO = DiffusionSchedule(scheduler="K_EULER_ANCESTRAL", timestep_spacing="trailing")
+PRESETS = {
+    "turbo": (replace(sdxl_models.BASE, schedule=TURBO, guidance_scale=None), 2, 0.0),
+    "lightning": (replace(sdxl_models.BASE, schedule=replace(TURBO, scheduler="K_EULER"), guidance_scale=None), 4, 0.0),
+    "v": (replace(sdxl_models.BASE, schedule=DiffusionSchedule(prediction_type="v_prediction")), 4, 3.0),
+    "LCM": (
+        replace(
+            sdxl_models.BASE,
+            unet=replace(sdxl_models.BASE.unet, guidance_embed=True),
+            schedule=DiffusionSchedule(scheduler="LCM"),
+            guidance_embedded=True,
+            guidance_scale=8.0,
+        ),
+        4,
+        8.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_agree_with_diffusers(name: str, tmp_path: Path) -> None:
+    """With their own defaults; and no more network rows than needed where there is no classifier-free guidance."""
+    spec, steps, scale = PRESETS[name]
+    engine = Engine(sdxl_models.family(spec))
+    pipe = StableDiffusionXLPipeline.from_pretrained(engine.export(tmp_path / "model"), add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    rows: list[int] = []
+    handle = engine._pipeline.family.net.conv_in.register_forward_pre_hook(lambda _, x: rows.append(len(x[0])))
+    mine = torch.stack(list(engine(PROMPT, num_inference_steps=steps, seed=3, output_type="latent", **SIZE)))
+    handle.remove()
+    asked: dict[str, Any] = {"guidance_scale": 3.0} if name == "v" else {}
+    if asked:
+        mine = run(engine, num_inference_steps=steps, negative_prompt=None, **asked)
+    assert set(rows) == ({2} if name == "v" else {1})
+    reference = pipe(
+        PROMPT, generator=generator(), num_inference_steps=steps, guidance_scale=scale, output_type="latent", **SIZE
+    ).images
+    assert latent_error(mine, reference) <= 1e-4
+    other = torch.stack(list(engine("a green cross", num_inference_steps=steps, seed=3, output_type="latent", **SIZE)))
+    assert latent_error(other, mine) >= 1e-2
