@@ -25,6 +25,8 @@ from flux_engine.text.prompts import Piece, weighted
 
 LENGTH = 77
 """Tokens of a chunk, with the one that begins and the one that ends it."""
+MAX_WEIGHT = 1_000
+"""Of a word, in either direction: more brackets than anyone means would run over."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class Reader:
             factor = torch.tensor([1.0, *weights, 1.0, *(1.0 for _ in padding)], device=states.device)
             scaled = states.float() * factor[None, :, None]
             states = (scaled * (states.float().mean() / scaled.mean())).to(states.dtype)
+            if not states.isfinite().all():
+                raise InvalidRequest("a prompt's weights leave nothing of it that is finite", field="prompt")
         return states, pooled
 
 
@@ -110,7 +114,7 @@ class SDXLTextEncoder:
         return second
 
     def encode(self, prompts: Sequence[str | None], *, weights: bool = False, chunks: bool = False) -> TextCond:
-        """Encode prompts, a row for each; None is zeros.
+        """Encode prompts, a row for each; None is zeros. Raises InvalidRequest for weights that cannot be.
 
         What is over 77 tokens is not read, unless in `chunks`: then all have as many as the longest.
         """
@@ -200,6 +204,12 @@ class SDXLTextEncoder:
     def _tokens(self, prompt: str, weights: bool) -> list[list[tuple[int, float]]]:
         """For each encoder."""
         pieces = weighted(prompt) if weights else [Piece(prompt, 1.0)]
+        for piece in pieces:
+            if not abs(piece.weight) <= MAX_WEIGHT:
+                raise InvalidRequest(
+                    f"a prompt counts {piece.text[:40]!r} {piece.weight:g} times; at most {MAX_WEIGHT} can be",
+                    field="prompt",
+                )
         return [reader.tokens(pieces, self.learned) for reader in self.readers]
 
     def _encode_one(self, prompt: str, weights: bool, chunks: int) -> TextCond:
