@@ -497,6 +497,15 @@ def test_what_is_wrong_is_told_and_changes_nothing(
     assert [one.name for one in (tmp_path / "before").iterdir()] == ["a.tar"]  # nothing left behind
 
 
+def test_what_is_finite_in_float32_alone_is_refused_in_float16(tmp_path: Path) -> None:
+    family = sdxl_models.family()
+    for reader in family.text.readers:
+        reader.clip.half()
+    half = Engine(replace(family, text=SDXLTextEncoder(family.text.readers)))
+    with pytest.raises(WeightsError, match="not finite as float16"):
+        half.load_textual_inversion(trained(tmp_path / "a.tar", bad(1, 0, 1e5)))
+
+
 def test_a_path_is_wanted(engine: Engine) -> None:
     for path in (None, 7, b"a.tar"):
         with pytest.raises(WeightsError, match="named by a text or a path"):
