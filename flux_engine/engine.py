@@ -17,7 +17,7 @@ import torch
 from flux_engine import hardware, images
 from flux_engine.assemble import find_model
 from flux_engine.config import EngineConfig
-from flux_engine.errors import InvalidRequest, OutOfMemory, OutputError, did_you_mean
+from flux_engine.errors import InvalidRequest, OutOfMemory, OutputError, WeightsError, did_you_mean
 from flux_engine.families.base import Family
 from flux_engine.families.flux import FluxFamily
 from flux_engine.families.load import load_family
@@ -26,6 +26,7 @@ from flux_engine.pipeline import OnStep, Pipeline, check_cancelled
 from flux_engine.request import Job, Request
 from flux_engine.result import Result
 from flux_engine.specs import ModelSpec, SDXLSpec, refined
+from flux_engine.text.inversion import Inversion, read_inversion
 
 log = logging.getLogger(__name__)
 
@@ -144,10 +145,39 @@ class Engine:
             notes=(*job.notes, *output.notes),
         )
 
+    def load_textual_inversion(self, path: str | os.PathLike[str]) -> Inversion:
+        """Learn tokens for an SDXL model, instead of those learned before; returns what was found.
+
+        `path` is the tar or the folder of a model trained on Replicate (`embeddings.pti`, `special_params.json`), such
+        an `embeddings.pti` itself, or a file as AUTOMATIC1111 and diffusers keep it, whose name is then the word. What
+        stands for the tokens (`words`) is replaced in prompts, not in negative ones, wherever these letters stand; a
+        prompt may also say `<s0>`, `<s1>`, ... itself.
+        Only tokens are learned. A LoRA or a UNet beside them is not applied: `left_out` names it, and the log does.
+        Raises WeightsError for what is damaged or does not fit, InvalidRequest for a model that is not SDXL, or
+        OutOfMemory; then nothing changed.
+        """
+        family = self._sdxl("textual inversion")
+        if not isinstance(path, str | os.PathLike):
+            raise WeightsError(f"a file is named by a text or a path, not by {path!r}")
+        found = read_inversion(Path(path))
+        with self._turn(None), _memory_errors(f"loading {path}"):
+            family.learn(found)
+        log.info("learned %d tokens from %s: %s", len(found.tables[0]), path, dict(found.words))
+        if found.left_out:
+            log.warning("%s: %s not applied, only the learned tokens", path, " and ".join(found.left_out))
+        return found
+
+    def unload_textual_inversion(self) -> None:
+        """Forget what load_textual_inversion learned, if it did. Raises InvalidRequest for a model that is not SDXL."""
+        family = self._sdxl("textual inversion")
+        with self._turn(None):
+            family.forget()
+
     def describe(self) -> dict[str, Any]:
         """What is in force: model, device, dtype, number of weights."""
         family = self._pipeline.family
-        return {
+        learned = {"textual_inversion": dict(family.text.words)} if getattr(family.text, "learned", ()) else {}
+        return learned | {
             "model": self.spec.name,
             "device": str(family.net.device),
             "hardware": hardware.describe(family.net.device),
@@ -188,11 +218,17 @@ class Engine:
         net = self._pipeline.family.net
         return f"<Engine: {self.spec.name} on {net.device}, {str(net.dtype).removeprefix('torch.')}>"
 
+    def _sdxl(self, what: str) -> SDXLFamily:
+        family = self._pipeline.family
+        if not isinstance(family, SDXLFamily):
+            raise InvalidRequest(f"{what} is for SDXL models, and {self.spec.name} is none")
+        return family
+
     @contextmanager
     def _turn(self, cancel: threading.Event | None) -> Iterator[None]:
         """Hold the engine; give up waiting for it when cancelled."""
         if self._owner == threading.get_ident():
-            raise InvalidRequest("a callback cannot run a request on the engine that is calling it: use another engine")
+            raise InvalidRequest("a callback cannot use the engine that is calling it: use another engine")
         while not self._lock.acquire(timeout=-1 if cancel is None else 0.05):
             check_cancelled(cancel)
         try:

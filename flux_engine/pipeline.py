@@ -94,6 +94,7 @@ class Pipeline:
         with clock("decode"):
             if job.output_type == "latent":
                 pictures = list(latent.cpu())
+                self._check_finite(latent)
             else:
                 # One at a time: decoding is the peak of memory, and a picture's bits must not depend on its batch.
                 pictures = []
@@ -142,17 +143,25 @@ class Pipeline:
         picture = vae.decode(latent)[0].float().cpu()
         if picture.isfinite().all():
             return picture
-        dtype = str(vae.dtype).removeprefix("torch.")
-        if not latent.isfinite().all():
-            raise NumericalError(
-                f"the network's own numbers ran over in {str(self.family.net.dtype).removeprefix('torch.')}: the "
-                "latent is not finite. Load the model with dtype='bfloat16' or 'float32'"
-            )
+        self._check_finite(latent)
         picture = copy.deepcopy(vae).float().decode(latent)[0].cpu()
         if not picture.isfinite().all():
             raise NumericalError("the autoencoder makes no finite picture of the latent, even in float32")
-        notes.append(f"decoded in float32: the autoencoder ran over in {dtype}")
+        note = f"decoded in float32: the autoencoder ran over in {_name(vae.dtype)}"
+        if note not in notes:
+            notes.append(note)
         return picture
+
+    def _check_finite(self, latent: Tensor) -> None:
+        """Raises NumericalError for a latent that is not."""
+        if latent.isfinite().all():
+            return
+        dtype = self.family.net.dtype
+        wider = {torch.float16: "dtype='bfloat16' or 'float32'", torch.bfloat16: "dtype='float32'"}.get(dtype)
+        remedy = f"Load the model with {wider}" if wider else "Its weights may be damaged: try others, or less guidance"
+        raise NumericalError(
+            f"the network's own numbers ran over in {_name(dtype)}: the latent is not finite. {remedy}"
+        )
 
     @cached_property
     def _latent_rgb(self) -> tuple[Tensor, Tensor]:
@@ -169,6 +178,10 @@ def check_cancelled(cancel: threading.Event | None) -> None:
     """Raise RequestCancelled if the event is set."""
     if cancel is not None and cancel.is_set():
         raise RequestCancelled("the request was cancelled")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class _Clock:

@@ -134,13 +134,15 @@ class Exported:
     tensors: Mapping[str, Tensor]
 
 
-def text_model(clip: PreTrainedModel) -> Exported:
-    """A text encoder, as it is published."""
+def text_model(clip: PreTrainedModel, table: Tensor | None = None) -> Exported:
+    """A text encoder, as it is published; with this table of tokens instead of its own."""
     prefix = "text_model."
     tensors = {
         name if name.startswith("text_projection.") else prefix + name.removeprefix(prefix): v
         for name, v in clip.state_dict().items()
     }
+    if table is not None:
+        tensors["text_model.embeddings.token_embedding.weight"] = table
     return Exported("transformers", type(clip).__name__, clip.config.to_dict(), tensors)
 
 

@@ -6,6 +6,8 @@ Shapes: B batch, C latent channels, h w latent size.
 
 from __future__ import annotations
 
+import copy
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +28,8 @@ from flux_engine.request import Job
 from flux_engine.schedulers import Schedule
 from flux_engine.specs import ModelSpec
 from flux_engine.text.encoders import TextCond
+
+log = logging.getLogger(__name__)
 
 Spec = TypeVar("Spec", bound=ModelSpec)
 
@@ -103,7 +107,10 @@ class Family(ABC, Generic[Spec]):
         generator = torch.Generator().manual_seed(0)
         blocks = torch.rand((4, 3, 4, 4), generator=generator) * 2 - 1
         pictures = F.interpolate(blocks, scale_factor=4 * downscale, mode="nearest")
-        latent = self.vae.encode(pictures.to(device)).float().cpu().permute(0, 2, 3, 1).flatten(0, 2)
+        latent = self.vae.encode(pictures.to(device))
+        if not latent.isfinite().all():  # it ran over, as a decoder can
+            latent = copy.deepcopy(self.vae).float().encode(pictures.to(device))
+        latent = latent.float().cpu().permute(0, 2, 3, 1).flatten(0, 2)
         colors = F.avg_pool2d(pictures, downscale).permute(0, 2, 3, 1).flatten(0, 2)
         inputs = torch.cat((latent, torch.ones(len(latent), 1)), dim=1)
         ridge = 1e-2 * len(inputs) * torch.eye(inputs.shape[1])
@@ -115,6 +122,7 @@ def load_vae(spec: ModelSpec, file: Path, *, dtype: torch.dtype, device: torch.d
     """The autoencoder, in another dtype where it would overflow in float16."""
     if dtype == torch.float16 and spec.vae.force_upcast:
         dtype = torch.bfloat16 if has_bf16(device) else torch.float32
+        log.info("the autoencoder runs in %s: it would run over in float16", str(dtype).removeprefix("torch."))
     with WeightSource.open(file) as source:
         vae = load_module(lambda: AutoEncoder(spec.vae), pick(source, "vae"), dtype=dtype, device=device)
     return channels_last(vae)

@@ -36,6 +36,7 @@ from flux_engine.request import Job
 from flux_engine.schedulers import Diffusers, Schedule, scheduler_config
 from flux_engine.specs import REFINER_STRENGTH, SDXLSpec
 from flux_engine.text.encoders import TextCond
+from flux_engine.text.inversion import Inversion
 from flux_engine.text.sdxl import SDXLTextEncoder
 
 
@@ -100,6 +101,19 @@ class SDXLFamily(Family[SDXLSpec]):
     def refined_by(self, refiner: SDXLFamily) -> SDXLFamily:
         return replace(self, spec=replace(self.spec, refiner=refiner.spec), refiner=refiner)
 
+    def learn(self, found: Inversion) -> None:
+        """Read learned tokens, the refiner too. Raises WeightsError if they do not fit; then nothing changed."""
+        encoders = [self.text, *([self.refiner.text] if self.refiner else [])]
+        made = [encoder.widened(found.tables) for encoder in encoders]
+        for encoder, tables in zip(encoders, made, strict=True):
+            encoder.learn(tables, found.words)
+
+    def forget(self) -> None:
+        """Take the learned tokens away again."""
+        self.text.forget()
+        if self.refiner:
+            self.refiner.text.forget()
+
     def networks(self) -> dict[str, nn.Module]:
         parts = ("text_encoder", "text_encoder_2")[-len(self.text.readers) :]
         found: dict[str, nn.Module] = {"unet": self.net, "vae": self.vae}
@@ -107,7 +121,8 @@ class SDXLFamily(Family[SDXLSpec]):
         return found | ({"refiner": self.refiner.net} if self.refiner else {})
 
     def export(self, folder: Path) -> Path:
-        """With its refiner left out, which is a model of its own; a refiner is written without the first encoder."""
+        """Without its refiner, which is a model of its own, and without learned tokens; a refiner is written without
+        the first encoder."""
         parts = {
             "unet": Exported(
                 "diffusers", "UNet2DConditionModel", export.unet_config(self.net.params), export.unet_tensors(self.net)
@@ -115,8 +130,9 @@ class SDXLFamily(Family[SDXLSpec]):
             "vae": export.autoencoder(self.vae),
         }
         tokenizers: dict[str, Any] = {}
-        for number, reader in zip(("", "_2")[-len(self.text.readers) :], self.text.readers, strict=True):
-            parts[f"text_encoder{number}"] = export.text_model(reader.clip)
+        numbers = ("", "_2")[-len(self.text.readers) :]
+        for number, reader, table in zip(numbers, self.text.readers, self.text.plain(), strict=True):
+            parts[f"text_encoder{number}"] = export.text_model(reader.clip, table)
             tokenizers[f"tokenizer{number}"] = reader.tokenizer
         kind = "StableDiffusionXLImg2ImgPipeline" if self.spec.aesthetic_score else "StableDiffusionXLPipeline"
         said: dict[str, Any] = {"force_zeros_for_empty_prompt": self.spec.zero_negative}
@@ -155,13 +171,11 @@ class SDXLFamily(Family[SDXLSpec]):
         def read(prompts: list[str | None]) -> TextCond:
             return self.text.encode(prompts, weights=job.prompt_weights, chunks=job.prompt_chunks)
 
-        prompts = list(job.prompts)
-        for word, tokens in self.text.words.items():
-            prompts = [prompt.replace(word, tokens) for prompt in prompts]
+        job = replace(job, prompts=tuple(map(self.text.put_words, job.prompts)))
         negative = job.negative_prompt
         if negative is None and not self.spec.zero_negative:
             negative = ""
-        encoded = encode_each_once(job, read, prompts, negative)
+        encoded = encode_each_once(job, read, list(job.prompts), negative)
         if job.prompt_chunks:
             return encoded
         over = cut_prompts(job, self.text.limit, lambda prompt: self.text.tokens_over(prompt, job.prompt_weights))

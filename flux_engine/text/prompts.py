@@ -9,7 +9,8 @@ import re
 from dataclasses import dataclass
 
 STEP = 1.1
-_PIECES = re.compile(r"\\.|[()\[\]]|:\s*[+-]?\d*\.?\d+\s*\)|[^\\()\[\]:]+|.", re.DOTALL)
+_PIECES = re.compile(r"\\.|[()\[\]]|:\s*+[+-]?(?:\d++(?:\.\d*+)?|\.\d++)\s*+\)|[^\\()\[\]:]+|.", re.DOTALL)
+"""Nothing is tried twice, however long a number is that no bracket follows."""
 
 
 @dataclass
@@ -21,40 +22,44 @@ class Piece:
 
 
 def weighted(prompt: str) -> list[Piece]:
-    """A prompt's stretches with their weights; brackets that are never closed count to the end."""
+    """A prompt's stretches with their weights.
+
+    Brackets that are never closed count to the end; those that close nothing are text. Round and square ones need not
+    nest in one another.
+    """
+    parts = _PIECES.findall(prompt)
+    factors, closing = _brackets(parts)
+    in_force = {"(": [1.0], "[": [1.0]}
     pieces: list[Piece] = []
-    open_brackets: list[tuple[str, int]] = []  # which, and how many pieces came before
-
-    def close(bracket: str, factor: float) -> bool:
-        if not open_brackets or open_brackets[-1][0] != bracket:
-            return False
-        _, first = open_brackets.pop()
-        for piece in pieces[first:]:
-            piece.weight *= factor
-        return True
-
-    for match in _PIECES.finditer(prompt):
-        part = match[0]
-        if part in ("(", "["):
-            open_brackets.append((part, len(pieces)))
-        elif part == ")":
-            if not close("(", STEP):
-                pieces.append(Piece(part, 1.0))
-        elif part == "]":
-            if not close("[", 1 / STEP):
-                pieces.append(Piece(part, 1.0))
-        elif part.startswith(":") and part.endswith(")"):
-            if not close("(", float(part[1:-1])):
-                pieces.append(Piece(part, 1.0))
+    for number, part in enumerate(parts):
+        if number in factors:
+            in_force[part].append(in_force[part][-1] * factors[number])
+        elif number in closing:
+            in_force["[" if part == "]" else "("].pop()
         else:
-            pieces.append(Piece(part[1:] if len(part) == 2 and part[0] == "\\" else part, 1.0))
-    while open_brackets:
-        close(open_brackets[-1][0], STEP if open_brackets[-1][0] == "(" else 1 / STEP)
+            text = part[1:] if len(part) == 2 and part[0] == "\\" else part
+            weight = in_force["("][-1] * in_force["["][-1]
+            if pieces and pieces[-1].weight == weight:
+                pieces[-1].text += text
+            else:
+                pieces.append(Piece(text, weight))
+    return pieces
 
-    joined: list[Piece] = []
-    for piece in pieces:
-        if joined and joined[-1].weight == piece.weight:
-            joined[-1].text += piece.text
-        else:
-            joined.append(piece)
-    return joined
+
+def _brackets(parts: list[str]) -> tuple[dict[int, float], set[int]]:
+    """Which parts open a bracket, with what each of them multiplies by, and which close one."""
+    factors: dict[int, float] = {}
+    closing: set[int] = set()
+    open_ones: dict[str, list[int]] = {"(": [], "[": []}
+    for number, part in enumerate(parts):
+        if part in open_ones:
+            factors[number] = STEP if part == "(" else 1 / STEP
+            open_ones[part].append(number)
+        elif part[-1] in ")]" and part[0] != "\\":
+            opened = open_ones["[" if part == "]" else "("]
+            if opened:
+                first = opened.pop()
+                closing.add(number)
+                if part[0] == ":":
+                    factors[first] = float(part[1:-1])
+    return factors, closing

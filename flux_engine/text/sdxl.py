@@ -17,12 +17,16 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedTokenizerBase
 
-from flux_engine.errors import WeightsError
+from flux_engine.errors import InvalidRequest, WeightsError
+from flux_engine.request import MAX_PROMPT_CHARACTERS
 from flux_engine.text.encoders import Cache, TextCond, load_clip, load_tokenizer
+from flux_engine.text.inversion import token_names
 from flux_engine.text.prompts import Piece, weighted
 
 LENGTH = 77
 """Tokens of a chunk, with the one that begins and the one that ends it."""
+MAX_WEIGHT = 1_000
+"""Of a word, in either direction: more brackets than anyone means would run over."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Reader:
 
     def tokens(self, pieces: Sequence[Piece], learned: Sequence[str]) -> list[tuple[int, float]]:
         """The pieces' tokens with their weights, without those that begin and end a prompt."""
-        first = self.tokenizer.vocab_size  # learned tokens stand behind the vocabulary
+        first = self.clip.config.vocab_size  # learned tokens stand behind the table as it was
         found: list[tuple[int, float]] = []
         for piece in pieces:
             splitter = "|".join(map(re.escape, learned))
@@ -53,16 +57,22 @@ class Reader:
         padding = [self.tokenizer.pad_token_id] * (LENGTH - 2 - len(tokens))
         begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         assert len(tokens) <= LENGTH - 2 <= config.max_position_embeddings
-        ids = torch.tensor([[begin, *(number for number, _ in tokens), end, *padding]], device=self.clip.device)
-        out = self.clip(ids, output_hidden_states=True)
+        line = [begin, *(number for number, _ in tokens), end, *padding]
+        out = self.clip(torch.tensor([line], device=self.clip.device), output_hidden_states=True)
         states = out.hidden_states[-2]
+        projection = getattr(self.clip, "text_projection", None)
+        # Where the first end is. transformers takes the highest number for it where a config is as old as SDXL's, and
+        # learned tokens have higher ones.
+        pooled = None if projection is None else projection(out.last_hidden_state[:, line.index(end)])
         weights = [weight for _, weight in tokens]
         if any(weight != 1.0 for weight in weights):
             # As AUTOMATIC1111: times the weight, and the mean as it was.
             factor = torch.tensor([1.0, *weights, 1.0, *(1.0 for _ in padding)], device=states.device)
             scaled = states.float() * factor[None, :, None]
             states = (scaled * (states.float().mean() / scaled.mean())).to(states.dtype)
-        return states, getattr(out, "text_embeds", None)
+            if not states.isfinite().all():
+                raise InvalidRequest("a prompt's weights leave nothing of it that is finite", field="prompt")
+        return states, pooled
 
 
 class SDXLTextEncoder:
@@ -99,10 +109,12 @@ class SDXLTextEncoder:
 
     def second(self) -> SDXLTextEncoder:
         """The second encoder alone, sharing its weights."""
-        return SDXLTextEncoder(self.readers[-1:], cache_size=self._cache.size)
+        second = SDXLTextEncoder(self.readers[-1:], cache_size=self._cache.size)
+        second._plain, second.learned, second.words = self._plain[-1:], self.learned, self.words
+        return second
 
     def encode(self, prompts: Sequence[str | None], *, weights: bool = False, chunks: bool = False) -> TextCond:
-        """Encode prompts, a row for each; None is zeros.
+        """Encode prompts, a row for each; None is zeros. Raises InvalidRequest for weights that cannot be.
 
         What is over 77 tokens is not read, unless in `chunks`: then all have as many as the longest.
         """
@@ -132,25 +144,36 @@ class SDXLTextEncoder:
         """Tokens of a prompt that are read, with the two that begin and end it."""
         return LENGTH
 
-    def learn(self, tables: Sequence[Tensor], words: Mapping[str, str]) -> None:
-        """Put learned tokens (textual inversion, arXiv 2208.01618) behind the vocabulary: `<s0>`, `<s1>`, ...
+    def widened(self, tables: Sequence[Tensor]) -> list[nn.Embedding]:
+        """Each encoder's table with learned tokens (textual inversion, arXiv 2208.01618) behind it, for `learn`.
 
-        `tables` has (n, D) for each encoder; `words` says what stands for which of them in a prompt. It takes the place
-        of what was learned before. Raises WeightsError if the widths do not fit; then nothing changed.
+        `tables` has (n, D) for both encoders. Raises WeightsError if the widths do not fit, or for what is not finite.
+        """
+        tables = tables[-len(self.readers) :]
+        widths = [plain.embedding_dim for plain in self._plain]
+        if [table.shape[1] for table in tables] != widths:
+            raise WeightsError(
+                f"learned tokens are {' and '.join(str(table.shape[1]) for table in tables)} wide; "
+                f"this model reads {' and '.join(map(str, widths))}"
+            )
+        rows = [table.to(plain.weight) for plain, table in zip(self._plain, tables, strict=True)]
+        if not all(row.isfinite().all() for row in rows):
+            raise WeightsError(
+                f"learned tokens have values that are not finite as {str(rows[0].dtype).removeprefix('torch.')}"
+            )
+        return [
+            nn.Embedding.from_pretrained(torch.cat((plain.weight, row)), freeze=True)
+            for plain, row in zip(self._plain, rows, strict=True)
+        ]
+
+    def learn(self, tables: Sequence[nn.Embedding], words: Mapping[str, str]) -> None:
+        """Read `<s0>`, `<s1>`, ... from `tables` that `widened` made, instead of what was learned before.
+
+        `words` says what stands for which of them in a prompt.
         """
         for reader, table in zip(self.readers, tables, strict=True):
-            width = reader.table.embedding_dim
-            if table.ndim != 2 or table.shape[1] != width or len(table) != len(tables[0]):
-                raise WeightsError(
-                    f"learned tokens are {[list(t.shape) for t in tables]}; this model reads rows of "
-                    f"{' and '.join(str(r.table.embedding_dim) for r in self.readers)}, as many for each encoder"
-                )
-            if not table.isfinite().all():
-                raise WeightsError("learned tokens have values that are not finite")
-        for reader, plain, table in zip(self.readers, self._plain, tables, strict=True):
-            rows = torch.cat((plain.weight, table.to(plain.weight)))
-            reader.clip.set_input_embeddings(nn.Embedding.from_pretrained(rows, freeze=True))
-        self.learned = tuple(f"<s{i}>" for i in range(len(tables[0])))
+            reader.clip.set_input_embeddings(table)
+        self.learned = token_names(tables[0].num_embeddings - self._plain[0].num_embeddings)
         self.words = dict(words)
         self._cache.clear()
 
@@ -161,9 +184,32 @@ class SDXLTextEncoder:
         self.learned, self.words = (), {}
         self._cache.clear()
 
+    def put_words(self, prompt: str) -> str:
+        """A prompt with learned tokens in the place of their words. Raises InvalidRequest if it gets too long."""
+        for word, tokens in self.words.items():
+            length = len(prompt) + prompt.count(word) * (len(tokens) - len(word))
+            if length > MAX_PROMPT_CHARACTERS:
+                raise InvalidRequest(
+                    f"with {tokens[:40]!r} for {word[:40]!r} the prompt has {length:,} characters; "
+                    f"at most {MAX_PROMPT_CHARACTERS:,} are read",
+                    field="prompt",
+                )
+            prompt = prompt.replace(word, tokens)
+        return prompt
+
+    def plain(self) -> list[Tensor]:
+        """Each encoder's table without learned tokens."""
+        return [table.weight for table in self._plain]
+
     def _tokens(self, prompt: str, weights: bool) -> list[list[tuple[int, float]]]:
         """For each encoder."""
         pieces = weighted(prompt) if weights else [Piece(prompt, 1.0)]
+        for piece in pieces:
+            if not abs(piece.weight) <= MAX_WEIGHT:
+                raise InvalidRequest(
+                    f"a prompt counts {piece.text[:40]!r} {piece.weight:g} times; at most {MAX_WEIGHT} can be",
+                    field="prompt",
+                )
         return [reader.tokens(pieces, self.learned) for reader in self.readers]
 
     def _encode_one(self, prompt: str, weights: bool, chunks: int) -> TextCond:
