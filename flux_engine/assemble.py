@@ -28,7 +28,7 @@ from flux_engine.specs import FLUX_DEV, SDXL, SDXL_REFINER, SPECS, FluxSpec, Mod
 
 
 @dataclass(frozen=True)
-class Layout:
+class Parts:
     """The parts of a family's models, as diffusers' folders have them."""
 
     network: str
@@ -44,11 +44,9 @@ class Layout:
 PLAIN = ("tokenizer", "tokenizer_2")
 """Parts that are folders without weights."""
 CONFIGS = ("text_encoder/config.json", "text_encoder_2/config.json")
-LAYOUTS: Mapping[str, Layout] = {
-    "flux": Layout(
-        "transformer", {"transformer": "flux", "vae": "vae", "text_encoder": "clip", "text_encoder_2": "t5"}
-    ),
-    "sdxl": Layout("unet", {"unet": "unet", "vae": "vae", "text_encoder": "clip", "text_encoder_2": "clip"}),
+PARTS: Mapping[str, Parts] = {
+    "flux": Parts("transformer", {"transformer": "flux", "vae": "vae", "text_encoder": "clip", "text_encoder_2": "t5"}),
+    "sdxl": Parts("unet", {"unet": "unet", "vae": "vae", "text_encoder": "clip", "text_encoder_2": "clip"}),
 }
 
 
@@ -112,7 +110,7 @@ def find_model(
 
 def needed(spec: ModelSpec) -> list[str]:
     """The parts that a model has."""
-    every = LAYOUTS[spec.family].every
+    every = PARTS[spec.family].every
     if isinstance(spec, SDXLSpec) and spec.aesthetic_score:  # the refiner has the second text encoder only
         return [part for part in every if not re.match(r"(text_encoder|tokenizer)(/|$)", part)]
     return list(every)
@@ -120,7 +118,7 @@ def needed(spec: ModelSpec) -> list[str]:
 
 def stored_dtype(model: Model) -> str:
     """What most of the denoising network's tensors are stored in, as "bfloat16"."""
-    layout = LAYOUTS[model.spec.family]
+    layout = PARTS[model.spec.family]
     with WeightSource.open(model.parts[layout.network]) as source:
         dtypes = Counter(recipe.dtype for recipe in pick(source, layout.weights[layout.network]).recipes.values())
     return str(dtypes.most_common(1)[0][0]).removeprefix("torch.")
@@ -145,7 +143,7 @@ def _repository(repository: str, file: str | None, revision: str, variant: str |
     if "model_index.json" not in files:
         return weights("", [name for name in files if "/" not in name])
     index = get("model_index.json")
-    for part in dict.fromkeys(part for layout in LAYOUTS.values() for part in layout.weights):
+    for part in dict.fromkeys(part for layout in PARTS.values() for part in layout.weights):
         names = [name.removeprefix(f"{part}/") for name in files if name.startswith(f"{part}/")]
         if names:
             weights(f"{part}/", names)
@@ -170,17 +168,17 @@ class _Found:
 
 def _is_model(path: Path) -> bool:
     """Whether it is a folder with a folder for each part."""
-    folders = {part for layout in LAYOUTS.values() for part in layout.weights}
+    folders = {part for layout in PARTS.values() for part in layout.weights}
     return _there(path) and path.is_dir() and any(_there(path / part) for part in folders)
 
 
 def _in_folder(path: Path, variant: str | None) -> _Found:
-    families = [name for name, layout in LAYOUTS.items() if _there(path / layout.network)]
+    families = [name for name, layout in PARTS.items() if _there(path / layout.network)]
     if len(families) != 1:
-        networks = [layout.network for layout in LAYOUTS.values()]
+        networks = [layout.network for layout in PARTS.values()]
         have = f"has {' and '.join(networks)}" if families else f"has no {' and no '.join(networks)}"
         raise WeightsError(f"{path} cannot be loaded as a model: it {have}")
-    layout = LAYOUTS[families[0]]
+    layout = PARTS[families[0]]
     parts = {part: weights_in(path / part, variant=variant) for part in layout.weights if _there(path / part)}
     parts |= {name: path / name for name in (*PLAIN, *CONFIGS) if _there(path / name)}
     configs = {
@@ -197,10 +195,10 @@ def _in_file(path: Path, variant: str | None) -> _Found:
     weights = weights_in(path, variant=variant) if path.is_dir() else path
     with WeightSource.open(weights) as source:
         kinds = Counter(part.kind for part in parts_of(source))
-        families = [name for name, layout in LAYOUTS.items() if layout.weights[layout.network] in kinds]
+        families = [name for name, layout in PARTS.items() if layout.weights[layout.network] in kinds]
         if len(families) != 1:
             raise WeightsError(f"{weights} cannot be loaded as a model: it holds {what_is(source)}")
-    layout = LAYOUTS[families[0]]
+    layout = PARTS[families[0]]
     # Of two parts of one kind a file with one of them holds neither for sure: then both come from the base.
     wanted = Counter(layout.weights.values())
     return _Found(families[0], {part: weights for part, kind in layout.weights.items() if kinds[kind] >= wanted[kind]})
@@ -211,7 +209,7 @@ def _spec_of(found: _Found, path: Path) -> ModelSpec:
 
     Raises UnsupportedError for a model that reads a picture beside the prompt.
     """
-    layout = LAYOUTS[found.family]
+    layout = PARTS[found.family]
     with WeightSource.open(found.parts[layout.network]) as source:
         shapes = pick(source, layout.weights[layout.network]).shapes
     spec = _flux_spec(path, shapes, found) if found.family == "flux" else _sdxl_spec(path, shapes, found)

@@ -46,11 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="flux-engine", description="Run FLUX- and SDXL-class image models.")
+    parser = argparse.ArgumentParser(
+        prog="flux-engine", description="Run FLUX- and SDXL-class image models.", allow_abbrev=False
+    )
     parser.add_argument("--version", action="version", version=f"flux-engine {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    generate = commands.add_parser("generate", help="make pictures from a prompt")
+    generate = commands.add_parser("generate", help="make pictures from a prompt", allow_abbrev=False)
     generate.add_argument("prompt")
     generate.add_argument(
         "--model", default=DEFAULT_MODEL, help="a name (see `models`), a file or folder, or OWNER/NAME on the hub"
@@ -157,8 +159,9 @@ def _generate(args: argparse.Namespace) -> None:
     kind = files.image_format(args.output or Path(), args.format)
     if not 0 <= args.quality <= 100:
         raise InvalidRequest(f"quality {args.quality} is outside 0 to 100")
-    output = args.output or Path("out")
-    if not output.suffix and not output.is_dir():
+    output = args.output or Path(f"out.{kind}")
+    several = len(job.seeds) > 1
+    if not output.suffix and (several or not output.is_dir()):
         output = output.with_name(f"{output.name}.{kind}")
     paths = _paths(output, len(job.seeds))
     for path in paths:

@@ -30,7 +30,18 @@ from flux_engine.text.inversion import Inversion, read_inversion
 
 log = logging.getLogger(__name__)
 
-LAYOUTS = ("diffusers", "bfl")
+EXPORTS = ("diffusers", "bfl")
+"""Layouts that a model can be written in."""
+OTHER_NAMES = {
+    "steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+    "cfg": "true_cfg_scale",
+    "size": "width",
+    "sampler": "scheduler",
+    "num_images_per_prompt": "num_outputs",
+    "generator": "seed",
+}
+"""What else people call the fields of a request."""
 
 
 def load(
@@ -111,13 +122,12 @@ class Engine:
         **fields: Any,
     ) -> Result:
         """`run` with the fields of Request as keywords: `engine("a red circle", seed=0, num_outputs=4)`."""
-        known = [f.name for f in dataclasses.fields(Request)]
+        known = [*(f.name for f in dataclasses.fields(Request)), "on_step", "cancel"]
         for name in fields:
             if name not in known:
-                raise InvalidRequest(
-                    f"a request has no field {name!r}{did_you_mean(name, known)} Fields: {', '.join(known)}",
-                    field=name,
-                )
+                meant = OTHER_NAMES.get(name)
+                near = f"; did you mean {meant!r}?" if meant else did_you_mean(name, known)
+                raise InvalidRequest(f"a request has no field {name!r}{near} Fields: {', '.join(known)}", field=name)
         return self.run(Request(prompt=prompt, **fields), on_step=on_step, cancel=cancel)
 
     def run(
@@ -202,8 +212,8 @@ class Engine:
         if not isinstance(folder, str | os.PathLike) or "\0" in str(folder):
             raise OutputError(f"a folder is named by a text or a path, not by {folder!r}")
         family, folder = self._pipeline.family, Path(folder)
-        if layout not in LAYOUTS:
-            raise InvalidRequest(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}", field="layout")
+        if layout not in EXPORTS:
+            raise InvalidRequest(f"layout {layout!r} is not one of {', '.join(EXPORTS)}", field="layout")
         if layout == "diffusers":
             return family.export(folder)
         if not isinstance(family, FluxFamily):

@@ -7,6 +7,7 @@
     ├── WeightsError        (RuntimeError)  a checkpoint is missing, truncated, altered or of another shape
     ├── UnsupportedError    (RuntimeError)  this device, dtype or installation cannot do what was asked
     ├── OutOfMemory         (MemoryError)   the device ran out of memory; the engine stays usable
+    ├── NumericalError      (ArithmeticError) a picture would have come out black: the numbers ran over
     ├── OutputError         (OSError)       a picture cannot be written where it was asked
     └── RequestCancelled                    the caller cancelled; the engine stays usable
 

@@ -40,11 +40,17 @@ def listing(repository: str, *, revision: str = "main", offline: bool = False) -
         if not (offline or constants.HF_HUB_OFFLINE):
             try:
                 return sorted(HfApi().list_repo_files(repository, revision=revision))
-            except (OfflineModeIsEnabled, OSError) as error:
-                if getattr(error, "response", None) is not None:  # the hub has answered
+            except Exception as error:
+                answered = getattr(error, "response", None) is not None
+                if answered or not (isinstance(error, OfflineModeIsEnabled | OSError) or _of_the_network(error)):
                     raise
         folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _of_the_network(error: Exception) -> bool:
+    """Whether the hub library's own client raised it, whose errors are no OSError and change with its version."""
+    return type(error).__module__.partition(".")[0].startswith(("httpx", "httpcore", "requests", "urllib3"))
 
 
 @contextmanager

@@ -37,7 +37,7 @@ class Request:
     """What to move away from, by true classifier-free guidance. Costs a second network pass per step."""
     aspect_ratio: str | None = None
     """A name from the published table, as "16:9". Not together with width and height. Default "1:1"."""
-    megapixels: str | None = None
+    megapixels: str | float | None = None
     """"1" or "0.25", with aspect_ratio. Default "1"."""
     width: int | None = None
     height: int | None = None
@@ -136,7 +136,7 @@ class Request:
         if self.width is None and self.height is None:
             return sizes.named(
                 "1:1" if self.aspect_ratio is None else self.aspect_ratio,
-                self.megapixels,
+                _text_of(self.megapixels),
             )
         if self.width is None or self.height is None:
             missing = "width" if self.width is None else "height"
@@ -326,6 +326,12 @@ def _check_text(name: str, text: object) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise InvalidRequest(f"{name} is not valid Unicode: {error.reason} at {error.start}", field=name) from None
+
+
+def _text_of(megapixels: object) -> str | None:
+    """0.25 is as good as "0.25"."""
+    number = isinstance(megapixels, int | float) and not isinstance(megapixels, bool)
+    return f"{megapixels:g}" if number else megapixels  # pyright: ignore[reportReturnType]
 
 
 def _pair(name: str, value: object) -> tuple[int, int] | None:

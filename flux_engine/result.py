@@ -35,7 +35,13 @@ class Result:
 
     @property
     def seeds(self) -> tuple[int, ...]:
+        """One for each picture."""
         return self.job.seeds
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """One for each picture."""
+        return self.job.prompts
 
     def __len__(self) -> int:
         return len(self.images)

@@ -9,13 +9,13 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from flux_engine.params import DiffusionSchedule, FlowSchedule
+from flux_engine.specs import SCHEDULERS
 
 
 class Schedule(Protocol):
@@ -83,30 +83,12 @@ def flow_match_euler(params: FlowSchedule, num_inference_steps: int, image_token
     return FlowMatchEuler(tuple(times))
 
 
-_CLASSES: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
-    {
-        "DDIM": ("DDIMScheduler", {}),
-        "DPMSolverMultistep": ("DPMSolverMultistepScheduler", {}),
-        "HeunDiscrete": ("HeunDiscreteScheduler", {}),
-        "KarrasDPM": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
-        "K_EULER_ANCESTRAL": ("EulerAncestralDiscreteScheduler", {}),
-        "K_EULER": ("EulerDiscreteScheduler", {}),
-        "PNDM": ("PNDMScheduler", {}),
-        "DPM++2MSDE": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-        "LCM": ("LCMScheduler", {}),
-    }
-)
-"""The published name of a scheduler -> diffusers' class and what is set in it besides the model's own config."""
-_STOCHASTIC = ("K_EULER_ANCESTRAL", "DPM++2MSDE", "LCM")
-"""Those that draw noise on the way."""
-
-
 def scheduler_config(params: DiffusionSchedule, name: str) -> dict[str, Any]:
     """What diffusers' scheduler of this published name is made from: as SDXL's repository has it, and what the name
     says besides."""
-    class_name, changes = _CLASSES[name]
+    scheduler = SCHEDULERS[name]
     return {
-        "_class_name": class_name,
+        "_class_name": scheduler.kind,
         "beta_start": params.beta_start,
         "beta_end": params.beta_end,
         "beta_schedule": "scaled_linear",
@@ -119,18 +101,19 @@ def scheduler_config(params: DiffusionSchedule, name: str) -> dict[str, Any]:
         "skip_prk_steps": True,
         "interpolation_type": "linear",
         "use_karras_sigmas": False,
-        **changes,
+        **scheduler.changes,
     }
 
 
 def scheduler_name(config: Mapping[str, Any]) -> str | None:
     """The published name of what a scheduler_config.json describes; None if it has none."""
-    named = {
+    named = [
         name
-        for name, (class_name, changes) in _CLASSES.items()
-        if config.get("_class_name") == class_name and all(config.get(key) == value for key, value in changes.items())
-    }
-    return max(named, key=lambda name: len(_CLASSES[name][1]), default=None)
+        for name, scheduler in SCHEDULERS.items()
+        if config.get("_class_name") == scheduler.kind
+        and all(config.get(key) == value for key, value in scheduler.changes.items())
+    ]
+    return max(named, key=lambda name: len(SCHEDULERS[name].changes), default=None)
 
 
 class Diffusers:
@@ -155,7 +138,7 @@ class Diffusers:
         self._scheduler.set_timesteps(num_inference_steps, device="cpu")
         self._begin = 0
         self._end = len(self._scheduler.timesteps)
-        self._options = {"generator": list(generators)} if name in _STOCHASTIC else {}
+        self._options = {"generator": list(generators)} if SCHEDULERS[name].draws else {}
         self._params = params
         self._start(0)
 

@@ -7,9 +7,9 @@ never a model for its name. Nothing here needs torch: a request is validated bef
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from flux_engine.errors import InvalidRequest
 from flux_engine.params import DiffusionSchedule, FlowSchedule, FluxParams, UNetParams, VAEParams
@@ -109,18 +109,32 @@ class FluxSpec(ModelSpec):
         return self.transformer.in_channels != 4 * self.vae.latent_channels
 
 
-SCHEDULERS = (
-    "DDIM",
-    "DPMSolverMultistep",
-    "HeunDiscrete",
-    "KarrasDPM",
-    "K_EULER_ANCESTRAL",
-    "K_EULER",
-    "PNDM",
-    "DPM++2MSDE",
-    "LCM",
+@dataclass(frozen=True)
+class Scheduler:
+    """One of diffusers' schedulers."""
+
+    kind: str
+    """The class."""
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """What is set in it besides the model's own config."""
+    draws: bool = False
+    """Whether it draws noise on the way, and so takes the pictures' generators."""
+
+
+SCHEDULERS: Mapping[str, Scheduler] = MappingProxyType(
+    {
+        "DDIM": Scheduler("DDIMScheduler"),
+        "DPMSolverMultistep": Scheduler("DPMSolverMultistepScheduler"),
+        "HeunDiscrete": Scheduler("HeunDiscreteScheduler"),
+        "KarrasDPM": Scheduler("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+        "K_EULER_ANCESTRAL": Scheduler("EulerAncestralDiscreteScheduler", draws=True),
+        "K_EULER": Scheduler("EulerDiscreteScheduler"),
+        "PNDM": Scheduler("PNDMScheduler"),
+        "DPM++2MSDE": Scheduler("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, draws=True),
+        "LCM": Scheduler("LCMScheduler", draws=True),
+    }
 )
-"""Names of SDXL's schedulers, as hosted models publish them."""
+"""SDXL's schedulers by the names that hosted models publish."""
 LCM_STEPS = 50
 """Steps the LCM scheduler was distilled from, and so the most it takes."""
 

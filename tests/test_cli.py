@@ -152,6 +152,24 @@ def test_output_without_an_ending_gets_one(tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr().out.strip() == str(tmp_path / "pic.webp")
 
 
+def test_pictures_without_a_name_are_out_whatever_lies_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The demo makes a folder of that name."""
+    monkeypatch.chdir(tmp_path)
+    Path("out").mkdir()
+    assert cli.main(["generate", "x", "--steps", "1"]) == 0
+    assert cli.main(["generate", "x", "--steps", "1", "--num-outputs", "2"]) == 0
+    assert capsys.readouterr().out.split() == ["out.png", "out-0.png", "out-1.png"]
+
+
+def test_a_shortened_option_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """It would mean another one as soon as there is one."""
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "x", "--num-output", "2"])
+    assert "--num-output" in capsys.readouterr().err
+
+
 def test_models_info_and_schema(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["models", "--json"]) == 0
     assert "demo-schnell" in {row["name"] for row in json.loads(capsys.readouterr().out)}

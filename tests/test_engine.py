@@ -276,3 +276,9 @@ def test_describe_says_what_is_in_force(engine: Engine) -> None:
     assert facts["model"] == "demo-schnell"
     assert facts["parts"]["transformer"]["dtype"] == "float32"
     assert facts["parts"]["transformer"]["parameters"] > 1_000_000
+
+
+def test_what_people_call_a_field_leads_to_it(engine: Engine) -> None:
+    for name, meant in {"steps": "num_inference_steps", "on_stp": "on_step", "size": "width"}.items():
+        with pytest.raises(InvalidRequest, match=f"did you mean '{meant}'"):
+            engine("a circle", **{name: 3})

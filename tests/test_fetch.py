@@ -242,8 +242,8 @@ def test_a_server_that_fails_and_none_at_all(hub: Hub, tmp_path: Path) -> None:
     """At once, since the library tries again for some twenty seconds."""
     broken, unplugged = Client(hub, tmp_path / "a"), Client(hub, tmp_path / "b")
     unplugged.environment["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nothing listens there
-    started = broken.start("owner/broken"), unplugged.start()
-    for client, process in zip((broken, unplugged), started, strict=True):
+    started = broken.start("owner/broken"), unplugged.start(), unplugged.start(file="*")
+    for client, process in zip((broken, unplugged, unplugged), started, strict=True):
         kind, words = client.answer(process)
         assert kind == "WeightsError" and "cannot be fetched" in words, words
         assert not list(client.home.rglob("snapshots/*/*"))

@@ -80,7 +80,7 @@ BAD = {
     "prompt": [None, 3, b"bytes", [], ["a", None], {"a": 1}, "x" * 200_000, "\ud800"],
     "negative_prompt": [3, ["a"]],
     "aspect_ratio": ["", "1:2", "16x9", 1.5, "1:1 "],
-    "megapixels": ["2", 1, ""],
+    "megapixels": ["2", True, 0.5, ""],
     "num_outputs": [0, -1, 65, 1.0, "1", True, None, 10**30],
     "num_inference_steps": [0, -4, 1001, 4.0, "4", math.nan],
     "guidance_scale": [math.nan, math.inf, -1, 101, "3", True],

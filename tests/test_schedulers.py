@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from flux_engine.checkpoints.export import scheduler_config
+from flux_engine.checkpoints.export import flux_scheduler_config
 from flux_engine.schedulers import flow_match_euler
 from flux_engine.specs import FLUX_DEV, FLUX_SCHNELL, PUBLISHED_SIZES, SizeTable
 
@@ -29,7 +29,7 @@ def test_dev_is_shifted_by_the_number_of_tokens(tokens: int, mu: float) -> None:
 @pytest.mark.parametrize("steps", [1, 4, 28])
 @pytest.mark.parametrize("tokens", [256, 1008, 4096])
 def test_schedule_and_step_agree_with_diffusers(spec, steps: int, tokens: int) -> None:
-    config = scheduler_config(spec.schedule)
+    config = flux_scheduler_config(spec.schedule)
     del config["_class_name"]
     theirs = FlowMatchEulerDiscreteScheduler(**config)
     p = spec.schedule

@@ -134,6 +134,8 @@ class SafetensorsFile:
                     f"{self.path} is a pickle, which can run code when it is read: convert it to safetensors, "
                     "in a place where that does no harm"
                 )
+            if os.pread(self._fd, 1, 8) != b"{":
+                raise WeightsError(f"{self.path} is no safetensors file: it begins with {begin!r}")
             raise self._not_whole(f"its first eight bytes say that the header has {length:,} bytes, of {size:,} in all")
         try:
             header = json.loads(os.pread(self._fd, length, 8).decode(), object_pairs_hook=_once)

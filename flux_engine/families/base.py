@@ -138,22 +138,27 @@ def generators_of(job: Job) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in job.seeds]
 
 
-def encode_each_once(job: Job, read: Callable[[list[Any]], TextCond], prompts: list[Any], negative: Any) -> Encoded:
+def encode_each_once(
+    job: Job, read: Callable[[list[Any]], TextCond], prompts: list[Any], negative: Any, notes: list[str]
+) -> Encoded:
     """Encode what a job reads, every prompt once."""
     if job.true_cfg_scale != 1.0:
         prompts = [negative] * len(prompts) + prompts
     unique = list(dict.fromkeys(prompts))
-    return Encoded(read(unique), [unique.index(prompt) for prompt in prompts], [])
+    return Encoded(read(unique), [unique.index(prompt) for prompt in prompts], notes)
 
 
-def cut_prompts(job: Job, limit: int, over: Callable[[str], int]) -> list[str]:
-    """A line for every prompt that is too long. Raises InvalidRequest if the job is strict."""
-    read = list(job.prompts)
+def notes_of_cuts(job: Job, limit: int, over: Callable[[str], int], *, remedy: str = "") -> list[str]:
+    """A line for every prompt of which not all will be read: `over` counts the tokens that will not.
+
+    Raises InvalidRequest if the job is strict.
+    """
+    read = [("prompt", prompt) for prompt in job.prompts]
     if job.true_cfg_scale != 1.0 and job.negative_prompt:
-        read.insert(0, job.negative_prompt)
+        read.insert(0, ("negative prompt", job.negative_prompt))
     notes = [
-        f"prompt cut to {limit} tokens, the last {count} are not read: {prompt[:40]!r}..."
-        for prompt in dict.fromkeys(read)
+        f"{name} cut to {limit} tokens, the last {count} are not read{remedy}: {prompt[:40]!r}..."
+        for name, prompt in dict.fromkeys(read)
         if (count := over(prompt))
     ]
     if job.strict and notes:

@@ -18,7 +18,7 @@ from flux_engine.checkpoints.export import Exported
 from flux_engine.checkpoints.load import load_module
 from flux_engine.checkpoints.source import WeightSource
 from flux_engine.errors import WeightsError
-from flux_engine.families.base import Encoded, Family, Stage, cut_prompts, encode_each_once, generators_of, load_vae
+from flux_engine.families.base import Encoded, Family, Stage, encode_each_once, generators_of, load_vae, notes_of_cuts
 from flux_engine.models.flux import Flux, FluxStatics
 from flux_engine.models.vae import AutoEncoder
 from flux_engine.params import FluxParams
@@ -122,8 +122,8 @@ class FluxFamily(Family[FluxSpec]):
         return unpatchify(x, h, w)
 
     def encode(self, job: Job) -> Encoded:
-        encoded = encode_each_once(job, self.text.encode, list(job.prompts), job.negative_prompt or "")
-        return replace(encoded, notes=cut_prompts(job, self.text.max_sequence_length, self.text.tokens_over))
+        notes = notes_of_cuts(job, self.text.max_sequence_length, self.text.tokens_over)
+        return encode_each_once(job, self.text.encode, list(job.prompts), job.negative_prompt or "", notes)
 
     def statics(self, job: Job, encoded: Encoded, schedule: Schedule) -> FluxStatics:
         h, w = job.latent_size

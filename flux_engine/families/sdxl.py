@@ -24,10 +24,10 @@ from flux_engine.families.base import (
     Family,
     Stage,
     channels_last,
-    cut_prompts,
     encode_each_once,
     generators_of,
     load_vae,
+    notes_of_cuts,
 )
 from flux_engine.models.unet import UNet, UNetStatics
 from flux_engine.models.vae import AutoEncoder
@@ -145,8 +145,11 @@ class SDXLFamily(Family[SDXLSpec]):
         h, w = job.latent_size
         generators = generators_of(job)
 
+        name = job.scheduler
+        assert name is not None
+
         def schedule(steps: int) -> Diffusers:
-            return Diffusers(self.spec.schedule, job.scheduler or self.spec.schedule.scheduler, steps, generators)
+            return Diffusers(self.spec.schedule, name, steps, generators)
 
         first = schedule(job.num_inference_steps)
         stages = [Stage(self, first, lambda _: first.from_noise(self.noise(generators, h, w)))]
@@ -175,11 +178,15 @@ class SDXLFamily(Family[SDXLSpec]):
         negative = job.negative_prompt
         if negative is None and not self.spec.zero_negative:
             negative = ""
-        encoded = encode_each_once(job, read, list(job.prompts), negative)
-        if job.prompt_chunks:
-            return encoded
-        over = cut_prompts(job, self.text.limit, lambda prompt: self.text.tokens_over(prompt, job.prompt_weights))
-        return replace(encoded, notes=[f"{note}; prompt_chunks=True reads them" for note in over])
+        notes: list[str] = []
+        if not job.prompt_chunks:
+            notes = notes_of_cuts(
+                job,
+                self.text.limit,
+                lambda prompt: self.text.tokens_over(prompt, job.prompt_weights),
+                remedy="; prompt_chunks=True reads them",
+            )
+        return encode_each_once(job, read, list(job.prompts), negative, notes)
 
     def statics(self, job: Job, encoded: Encoded, schedule: Schedule) -> UNetStatics:
         assert job.told is not None

@@ -93,7 +93,7 @@ class FluxTextEncoder:
 
         CLIP reads 77 tokens at most and adds only the pooled vector; what it leaves out is no loss to report.
         """
-        return max(0, len(self.t5_tokenizer(prompt).input_ids) - self.max_sequence_length)
+        return max(0, len(self.t5_tokenizer(prompt, verbose=False).input_ids) - self.max_sequence_length)
 
     def _encode_one(self, prompt: str) -> TextCond:
         # CLIP reads from left to right, so padding behind the end-of-text token cannot change what is pooled there.

@@ -47,7 +47,11 @@ class Reader:
         for piece in pieces:
             splitter = "|".join(map(re.escape, learned))
             for part in re.split(f"({splitter})", piece.text) if learned else [piece.text]:
-                ids = [first + learned.index(part)] if part in learned else self.tokenizer(part).input_ids[1:-1]
+                ids = (
+                    [first + learned.index(part)]
+                    if part in learned
+                    else self.tokenizer(part, verbose=False).input_ids[1:-1]
+                )
                 found += [(number, piece.weight) for number in ids]
         return found
 
