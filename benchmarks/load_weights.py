@@ -4,7 +4,8 @@
 
 The file is float16 matrices; both read it as it is and then every page once, and read it anew as bfloat16. Converting
 is told twice: against load_file and `.to(dtype)`, which is what people write, and against load_file alone, which maps
-the file and converts nothing. `peak MB` is the resident peak of the process, with what was imported.
+the file and converts nothing. `copied` is what an engine on a CPU does with a file in its own dtype: memory of its own,
+against load_file and `.clone()`. `peak MB` is the resident peak of the process, with what was imported.
 """
 
 from __future__ import annotations
@@ -27,21 +28,22 @@ def timed(read):
     for tensor in tensors.values():
         tensor.view(torch.int16)[:, ::1024].max()
     return opened, time.perf_counter() - began
-def finish(read, convert, alone):
+def finish(read, copy, convert, alone):
     opened, touched = timed(read)
+    _, copied = timed(copy)
     _, converted = timed(convert)
     peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
-    told = {"opened": opened, "read": touched, "converted": converted}
+    told = {"opened": opened, "read": touched, "copied": copied, "converted": converted}
     print(json.dumps({**told, "conv. / read alone": touched if alone else converted, "peak MB": peak}))
 """
 OURS = (
     COMMON
     + """
 from flux_engine.checkpoints.source import WeightSource
-def read(dtype=None):
+def read(dtype=None, own=False):
     with WeightSource.open(Path(sys.argv[1])) as source:
-        return {name: source.rows(name, dtype=dtype) for name in source.recipes}
-finish(read, lambda: read(torch.bfloat16), False)
+        return {name: source.rows(name, dtype=dtype, own=own) for name in source.recipes}
+finish(read, lambda: read(own=True), lambda: read(torch.bfloat16), False)
 """
 )
 THEIRS = (
@@ -50,7 +52,9 @@ THEIRS = (
 from safetensors.torch import load_file
 def convert():
     return {name: tensor.to(torch.bfloat16) for name, tensor in load_file(sys.argv[1]).items()}
-finish(lambda: load_file(sys.argv[1]), convert, True)
+def copy():
+    return {name: tensor.clone() for name, tensor in load_file(sys.argv[1]).items()}
+finish(lambda: load_file(sys.argv[1]), copy, convert, True)
 """
 )
 
