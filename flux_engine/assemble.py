@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -97,7 +98,7 @@ def find_model(
     else:
         if revision is not None:
             raise WeightsError(f"{meant} is here and has no revision {revision!r}")
-        path, name = meant, meant.absolute().name.removesuffix(".safetensors")
+        path, name = meant, _name(meant.absolute())
     found = _in_folder(path, variant) if _is_model(path) else _in_file(path, variant)
     spec = _spec_of(found, path)
     missing = set(needed(spec) if only is None else only) - found.parts.keys()
@@ -117,11 +118,19 @@ def needed(spec: ModelSpec) -> list[str]:
 
 
 def stored_dtype(model: Model) -> str:
-    """What most of the denoising network's tensors are stored in, as "bfloat16"."""
-    layout = PARTS[model.spec.family]
-    with WeightSource.open(model.parts[layout.network]) as source:
-        dtypes = Counter(recipe.dtype for recipe in pick(source, layout.weights[layout.network]).recipes.values())
-    return str(dtypes.most_common(1)[0][0]).removeprefix("torch.")
+    """What most of the denoising network's numbers are stored in, as "bfloat16"."""
+    parts = PARTS[model.spec.family]
+    dtypes: Counter[str] = Counter()
+    with WeightSource.open(model.parts[parts.network]) as source:
+        for recipe in pick(source, parts.weights[parts.network]).recipes.values():
+            dtypes[str(recipe.dtype).removeprefix("torch.")] += prod(recipe.shape)
+    return dtypes.most_common(1)[0][0]
+
+
+def _name(path: Path) -> str:
+    """What a model by path is called: by its folder, where the file's own name says what any such file is."""
+    stem = path.name.removesuffix(".safetensors")
+    return path.parent.name if stem in ("transformer", "unet", "model", "diffusion_pytorch_model") else stem
 
 
 def _repository(repository: str, file: str | None, revision: str, variant: str | None, offline: bool) -> Path:

@@ -80,8 +80,8 @@ def read_parameters(path: str | os.PathLike[str]) -> str | None:
 
 
 def contact_sheet(images: list[Image.Image], columns: int, gap: int = 4) -> Image.Image:
-    """Pictures of one size side by side on white."""
-    width, height = images[0].size
+    """Pictures side by side on white, each in a cell that the largest fits."""
+    width, height = (max(sides) for sides in zip(*(image.size for image in images), strict=True))
     rows = -(-len(images) // columns)
     sheet = Image.new(
         "RGB",
