@@ -118,10 +118,10 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true")
     inspect.set_defaults(run=_inspect)
 
-    convert = commands.add_parser("convert", help="write a model as a diffusers folder or as Black Forest Labs' files")
+    convert = commands.add_parser("convert", help="write a model as a diffusers folder or as its publisher's files")
     convert.add_argument("model", help="a name, a file or folder, or OWNER/NAME on the hub")
     convert.add_argument("folder", type=Path, help="a new one")
-    convert.add_argument("--to", default="diffusers", help="diffusers or bfl")
+    convert.add_argument("--to", default="diffusers", help="diffusers; or bfl for FLUX.1, sgm for SDXL")
     convert.add_argument("--dtype", help=f"{', '.join(DTYPES[1:])}; else what the transformer is stored in")
     convert.add_argument("--variant", help="of the files in a folder or repository, as fp16")
     convert.set_defaults(run=_convert)

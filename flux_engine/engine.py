@@ -19,7 +19,6 @@ from flux_engine.assemble import find_model
 from flux_engine.config import EngineConfig
 from flux_engine.errors import InvalidRequest, OutOfMemory, OutputError, WeightsError, did_you_mean
 from flux_engine.families.base import Family
-from flux_engine.families.flux import FluxFamily
 from flux_engine.families.load import load_family
 from flux_engine.families.sdxl import SDXLFamily
 from flux_engine.pipeline import OnStep, Pipeline, check_cancelled
@@ -30,7 +29,7 @@ from flux_engine.text.inversion import Inversion, read_inversion
 
 log = logging.getLogger(__name__)
 
-EXPORTS = ("diffusers", "bfl")
+EXPORTS = ("diffusers", "bfl", "sgm")
 """Layouts that a model can be written in."""
 OTHER_NAMES = {
     "steps": "num_inference_steps",
@@ -206,7 +205,8 @@ class Engine:
         """Write the weights as they are loaded, in their dtype, to a folder that is new or empty.
 
         `layout` is "diffusers", a folder that DiffusionPipeline.from_pretrained reads, or for FLUX.1 "bfl": the
-        transformer and the autoencoder as Black Forest Labs' single files. Returns the folder.
+        transformer and the autoencoder as Black Forest Labs' single files, for SDXL "sgm": all in one file. Returns the
+        folder.
         Raises InvalidRequest for another layout, OutputError if it cannot be written; then nothing is left of it.
         """
         if not isinstance(folder, str | os.PathLike) or "\0" in str(folder):
@@ -216,13 +216,12 @@ class Engine:
             raise InvalidRequest(f"layout {layout!r} is not one of {', '.join(EXPORTS)}", field="layout")
         if layout == "diffusers":
             return family.export(folder)
-        if not isinstance(family, FluxFamily):
+        if layout != family.publishers_layout:
             raise InvalidRequest(
-                f"layout 'bfl' is FLUX.1's, and {self.spec.name} is none: say 'diffusers'", field="layout"
+                f"{self.spec.name} has no layout {layout!r}: say 'diffusers' or {family.publishers_layout!r}",
+                field="layout",
             )
-        from flux_engine.checkpoints import export
-
-        return export.write_bfl(folder, self.spec.name.rpartition("/")[2], family.net, family.vae)
+        return family.export_as_published(folder)
 
     def __repr__(self) -> str:
         net = self._pipeline.family.net

@@ -18,7 +18,7 @@ from flux_engine.checkpoints.inspect import inspect
 from flux_engine.checkpoints.keys import to_ours, to_theirs
 from flux_engine.checkpoints.safetensors_file import SafetensorsFile, Stored
 from flux_engine.checkpoints.source import HALVES, Piece, Recipe, WeightSource
-from flux_engine.checkpoints.tables import FLUX_DIFFUSERS, unet_diffusers, unet_sgm, vae_diffusers
+from flux_engine.checkpoints.tables import FLUX_DIFFUSERS, clip_open_clip, unet_diffusers, unet_sgm, vae_diffusers
 from flux_engine.models.flux import Flux
 from flux_engine.models.unet import UNet
 from flux_engine.models.vae import AutoEncoder
@@ -257,7 +257,7 @@ def test_t5_at_full_size() -> None:
 
 
 def open_clip(width: int, layers: int, pieces: int = 49408) -> Tensors:
-    """OpenCLIP's text tower, as facts/seeds.md lists it."""
+    """OpenCLIP's text tower, as SDXL's single files have it."""
     made: Tensors = {
         "positional_embedding": torch.empty(77, width),
         "token_embedding.weight": torch.empty(pieces, width),
@@ -294,6 +294,8 @@ def test_the_second_text_encoder_of_sdxl_at_full_size() -> None:
     named = {name.removeprefix("text_model."): shape for name, shape in shapes(ours).items()}
     found = detect.pick(source, "clip").shapes
     assert {name.removeprefix("text_model."): shape for name, shape in found.items()} == named
+    back = to_theirs({name: torch.empty(shape, device="meta") for name, shape in found.items()}, clip_open_clip())
+    assert shapes(back) == {name: shape for name, shape in shapes(theirs).items() if name != "logit_scale"}
 
 
 def test_open_clip_is_split_and_turned(tmp_path: Path) -> None:
@@ -306,6 +308,9 @@ def test_open_clip_is_split_and_turned(tmp_path: Path) -> None:
         assert torch.equal(source.rows(attention + "v_proj.weight", 2, 5), joined[18:21])
         assert torch.equal(source.rows("text_projection.weight"), theirs["text_projection"].T)
         assert torch.equal(source.rows("text_projection.weight", 1, 3), theirs["text_projection"].T[1:3])
+        back = to_theirs({name: source.rows(name) for name in source.recipes}, clip_open_clip())
+    assert back.keys() == theirs.keys() - {"logit_scale"}
+    assert all(torch.equal(back[name], theirs[name]) for name in back)
 
 
 def test_what_is_missing_is_said_in_the_files_own_names(tmp_path: Path, flux: Tensors) -> None:

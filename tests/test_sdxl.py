@@ -12,7 +12,7 @@ import sdxl_models
 import torch
 from conftest import latent_error
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import flux_engine
 from flux_engine import hub
@@ -176,6 +176,11 @@ def test_a_single_file_with_all_parts_gives_the_same_bits(
         **prefixed("conditioner.embedders.1.model.", as_open_clip(second)),
     }
     save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "all.safetensors")
+    written = load_file(engine.export(tmp_path / "sgm", layout="sgm") / "small-sdxl.safetensors")
+    assert written.keys() == tensors.keys() - {"conditioner.embedders.1.model.logit_scale"}
+    assert all(torch.equal(written[name], tensors[name]) for name in written)
+    with pytest.raises(InvalidRequest, match="'diffusers' or 'sgm'"):
+        engine.export(tmp_path / "bfl", layout="bfl")
     files = dict.fromkeys(("unet", "vae", "text_encoder", "text_encoder_2"), tmp_path / "all.safetensors") | {
         part: folders[0] / part
         for part in ("tokenizer", "tokenizer_2", "text_encoder/config.json", "text_encoder_2/config.json")

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flux_engine.checkpoints.keys import to_theirs
-from flux_engine.checkpoints.tables import FLUX_DIFFUSERS, unet_diffusers, vae_diffusers
+from flux_engine.checkpoints.tables import FLUX_DIFFUSERS, clip_open_clip, unet_diffusers, unet_sgm, vae_diffusers
 from flux_engine.errors import OutputError, WeightsError
 from flux_engine.models.flux import Flux
 from flux_engine.models.unet import UNet
@@ -192,6 +192,26 @@ def write_bfl(folder: Path, name: str, net: Flux, vae: AutoEncoder) -> Path:
     with new_folder(folder) as made:
         _write_tensors(made / f"{name}.safetensors", net.state_dict())
         _write_tensors(made / "ae.safetensors", vae.state_dict())
+    return folder
+
+
+def write_sgm(folder: Path, name: str, net: UNet, vae: AutoEncoder, clips: Sequence[Exported]) -> Path:
+    """Write all of an SDXL model as one file, `name`.safetensors, under the names that its publisher's has.
+
+    `clips` are the text encoders as published. Raises OutputError as `write_diffusers` does.
+    """
+    first, second = clips
+    parts = {
+        "model.diffusion_model.": to_theirs(
+            net.state_dict(), unet_sgm([depth > 0 for depth in net.params.transformer_depth])
+        ),
+        "first_stage_model.": vae.state_dict(),
+        "conditioner.embedders.0.transformer.": first.tensors,
+        "conditioner.embedders.1.model.": to_theirs(second.tensors, clip_open_clip()),
+    }
+    tensors = {prefix + key: tensor for prefix, part in parts.items() for key, tensor in part.items()}
+    with new_folder(folder) as made:
+        _write_tensors(made / f"{name}.safetensors", tensors)
     return folder
 
 

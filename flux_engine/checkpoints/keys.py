@@ -46,12 +46,16 @@ def to_theirs(tensors: Mapping[str, Tensor], table: Table, *, width: int = 0) ->
     Raises WeightsError for a tensor no entry matches.
     """
     out: dict[str, Tensor] = {}
+    joined: dict[str, dict[int, Tensor]] = {}
     for name, tensor in tensors.items():
         entry, names = _theirs(name, table)
         if entry is None:
             raise WeightsError(f"no entry of the key table matches {name!r}")
-        out |= zip(names, _parts(tensor, entry, width), strict=True)
-    return out
+        if entry.part:
+            joined.setdefault(names[0], {})[entry.part[0]] = tensor
+        else:
+            out |= zip(names, _parts(tensor, entry, width), strict=True)
+    return out | {name: torch.cat([parts[k] for k in sorted(parts)]) for name, parts in joined.items()}
 
 
 def _theirs(ours: str, table: Table) -> tuple[Entry | None, list[str]]:
@@ -138,8 +142,8 @@ def _pattern(template: str) -> str:
 
 
 def _parts(tensor: Tensor, entry: Entry, width: int) -> list[Tensor]:
-    if entry.part or entry.transposed:
-        raise WeightsError(f"{entry} of the key table is for reading only: this layout cannot be written")
+    if entry.transposed:
+        tensor = tensor.T
     if entry.swap_halves:
         tensor = torch.cat(tensor.chunk(2)[::-1])
     if entry.matrix and tensor.dim() == 4:

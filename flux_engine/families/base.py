@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -87,9 +87,16 @@ class Family(ABC, Generic[Spec]):
     def to_latent(self, x: Tensor, h: int, w: int) -> Tensor:
         """What the loop walks -> latents (B, C, h, w)."""
 
+    publishers_layout: ClassVar[str]
+    """What the layout of the publisher's own files is called."""
+
     @abstractmethod
     def export(self, folder: Path) -> Path:
         """Write a folder as diffusers keeps a model. Raises OutputError."""
+
+    @abstractmethod
+    def export_as_published(self, folder: Path) -> Path:
+        """Write the publisher's own kind of file, or files. Raises OutputError."""
 
     def noise(self, generators: Sequence[torch.Generator], h: int, w: int) -> Tensor:
         """Standard normal latents (B, C, h, w), float32, drawn on the CPU from each picture's own generator."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,7 @@ def image_ids(rows: int, columns: int) -> Tensor:
 class FluxFamily(Family[FluxSpec]):
     """A FLUX.1 model."""
 
+    publishers_layout: ClassVar[str] = "bfl"
     spec: FluxSpec
     net: Flux
     vae: AutoEncoder
@@ -112,6 +114,10 @@ class FluxFamily(Family[FluxSpec]):
         tokenizers = {"tokenizer": self.text.clip_tokenizer, "tokenizer_2": self.text.t5_tokenizer}
         scheduler = export.flux_scheduler_config(self.spec.schedule)
         return export.write_diffusers(folder, "FluxPipeline", parts, tokenizers, scheduler)
+
+    def export_as_published(self, folder: Path) -> Path:
+        """The transformer and the autoencoder."""
+        return export.write_bfl(folder, self.spec.name.rpartition("/")[2], self.net, self.vae)
 
     def stages(self, job: Job) -> list[Stage]:
         h, w = job.latent_size

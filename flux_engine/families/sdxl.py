@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,7 @@ AESTHETIC_SCORES = (2.5, 6.0)
 class SDXLFamily(Family[SDXLSpec]):
     """An SDXL model, with its refiner if it has one."""
 
+    publishers_layout: ClassVar[str] = "sgm"
     spec: SDXLSpec
     net: UNet
     vae: AutoEncoder
@@ -140,6 +141,12 @@ class SDXLFamily(Family[SDXLSpec]):
             said |= {"requires_aesthetics_score": True, "text_encoder": [None, None], "tokenizer": [None, None]}
         scheduler = scheduler_config(self.spec.schedule, self.spec.schedule.scheduler)
         return export.write_diffusers(folder, kind, parts, tokenizers, scheduler, **said)
+
+    def export_as_published(self, folder: Path) -> Path:
+        """All of the model in one file."""
+        readers = zip(self.text.readers, self.text.plain(), strict=True)
+        clips = [export.text_model(reader.clip, table) for reader, table in readers]
+        return export.write_sgm(folder, self.spec.name.rpartition("/")[2], self.net, self.vae, clips)
 
     def stages(self, job: Job) -> list[Stage]:
         h, w = job.latent_size
