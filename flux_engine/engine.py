@@ -53,7 +53,7 @@ def load(
     revision: str | None = None,
     variant: str | None = None,
     offline: bool = False,
-    refiner: str | None = None,
+    refiner: str | os.PathLike[str] | None = None,
 ) -> Engine:
     """Load a model and return an engine that runs requests on it.
 
@@ -76,9 +76,8 @@ def load(
     began = time.perf_counter()
     target = hardware.pick_device(config.device)
     compute = hardware.pick_dtype(config.dtype, target)
-    name = os.fspath(model) if isinstance(model, os.PathLike) else model
-    found = find_model(name, config, revision=revision, variant=variant, offline=offline)
-    refining = None if refiner is None else find_model(os.fspath(refiner), config, offline=offline, only=["unet"])
+    found = find_model(_named(model), config, revision=revision, variant=variant, offline=offline)
+    refining = None if refiner is None else find_model(_named(refiner), config, offline=offline, only=["unet"])
     refined(found.spec, refining.spec if refining else None)
     with _memory_errors(f"loading {model}"):
         family = load_family(
@@ -93,6 +92,11 @@ def load(
     seconds = time.perf_counter() - began
     log.info("loaded %s on %s as %s in %.2f s", model, target, compute, seconds)
     return Engine(family, load_seconds=seconds)
+
+
+def _named(model: str | os.PathLike[str]) -> str:
+    """What is no name at all is left for the look-up to refuse."""
+    return os.fspath(model) if isinstance(model, os.PathLike) else model
 
 
 class Engine:

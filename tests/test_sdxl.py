@@ -19,7 +19,7 @@ from flux_engine import hub
 from flux_engine.checkpoints.keys import to_theirs
 from flux_engine.checkpoints.tables import unet_sgm
 from flux_engine.engine import Engine
-from flux_engine.errors import InvalidRequest, RequestCancelled
+from flux_engine.errors import InvalidRequest, RequestCancelled, UnknownModel
 from flux_engine.families.load import load_family
 from flux_engine.params import DiffusionSchedule
 from flux_engine.pipeline import Step
@@ -281,6 +281,8 @@ def test_a_refiner_goes_with_sdxl_only(folders: tuple[Path, Path]) -> None:
     ):
         with pytest.raises(InvalidRequest, match=words):
             flux_engine.load(model, refiner=beside)
+    with pytest.raises(UnknownModel, match="not by 3"):
+        flux_engine.load(base, refiner=3)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
