@@ -58,8 +58,8 @@ class FluxParams:
             hidden_size=hidden,
             num_heads=hidden // head_dim,
             mlp_ratio=_shape(shapes, "double_blocks.0.img_mlp.0.weight")[0] / hidden,
-            depth=_count(shapes, "double_blocks."),
-            depth_single_blocks=_count(shapes, "single_blocks."),
+            depth=count_of(shapes, "double_blocks."),
+            depth_single_blocks=count_of(shapes, "single_blocks."),
             axes_dim=(
                 index_dim,
                 (head_dim - index_dim) // 2,
@@ -99,16 +99,16 @@ class UNetParams:
 
         Raises WeightsError naming the first key that is missing.
         """
-        levels = _count(shapes, "down_blocks.")
+        levels = count_of(shapes, "down_blocks.")
         channels = tuple(_shape(shapes, f"down_blocks.{i}.resnets.0.conv1.weight")[0] for i in range(levels))
-        depth = tuple(_count(shapes, f"down_blocks.{i}.attentions.0.transformer_blocks.") for i in range(levels))
+        depth = tuple(count_of(shapes, f"down_blocks.{i}.attentions.0.transformer_blocks.") for i in range(levels))
         return cls(
             in_channels=_shape(shapes, "conv_in.weight")[1],
             out_channels=_shape(shapes, "conv_out.weight")[0],
             block_out_channels=channels,
             transformer_depth=depth,
-            mid_depth=_count(shapes, "mid_block.attentions.0.transformer_blocks."),
-            layers_per_block=_count(shapes, "down_blocks.0.resnets."),
+            mid_depth=count_of(shapes, "mid_block.attentions.0.transformer_blocks."),
+            layers_per_block=count_of(shapes, "down_blocks.0.resnets."),
             head_dim=gcd(64, *channels),
             cross_attention_dim=_shape(shapes, "mid_block.attentions.0.transformer_blocks.0.attn2.to_kv.weight")[1],
             add_embed_dim=_shape(shapes, "add_embedding.linear_1.weight")[1],
@@ -141,14 +141,14 @@ class VAEParams:
         Raises WeightsError naming the first key that is missing.
         """
         channels = _shape(shapes, "decoder.norm_out.weight")[0]
-        levels = _count(shapes, "decoder.up.")
+        levels = count_of(shapes, "decoder.up.")
         widths = [_shape(shapes, f"decoder.up.{level}.block.0.conv1.weight")[0] for level in range(levels)]
         return cls(
             image_channels=_shape(shapes, "decoder.conv_out.weight")[0],
             latent_channels=_shape(shapes, "decoder.conv_in.weight")[1],
             channels=channels,
             channel_multipliers=tuple(width // channels for width in widths),
-            num_res_blocks=_count(shapes, "decoder.up.0.block.") - 1,
+            num_res_blocks=count_of(shapes, "decoder.up.0.block.") - 1,
             norm_groups=gcd(32, channels),
             quant_conv="quant_conv.weight" in shapes,
         )
@@ -195,6 +195,6 @@ def _shape(shapes: Shapes, key: str) -> Sequence[int]:
     return shapes[key]
 
 
-def _count(shapes: Shapes, prefix: str) -> int:
+def count_of(shapes: Shapes, prefix: str) -> int:
     """Number of blocks whose keys start with `prefix` and a number."""
     return len({key[len(prefix) :].split(".")[0] for key in shapes if key.startswith(prefix)})

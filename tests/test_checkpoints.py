@@ -448,3 +448,11 @@ def test_inspecting_a_file_with_everything_in_it(tmp_path: Path, flux: Tensors) 
     assert autoencoder["missing"] == autoencoder["not known"] == []
     assert report["not finite"] == ["model.diffusion_model.txt_in.bias"]
     assert report["rest"] == []
+
+
+def test_inspect_names_what_a_text_encoder_lacks(tmp_path: Path) -> None:
+    stored = load_file(PARTS["text_encoder_2"] / "model.safetensors")
+    assert inspect(one_file(tmp_path, stored))["parts"][0]["missing"] == []
+    del stored["encoder.block.1.layer.0.SelfAttention.k.weight"]
+    (part,) = inspect(one_file(tmp_path, stored))["parts"]
+    assert part["missing"] == ["encoder.block.1.layer.0.SelfAttention.k.weight"]

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import flux_engine
 from flux_engine import hub
+from flux_engine.checkpoints.inspect import inspect
 from flux_engine.checkpoints.keys import to_theirs
 from flux_engine.checkpoints.tables import unet_sgm
 from flux_engine.engine import Engine
@@ -179,6 +180,17 @@ def test_a_single_file_with_all_parts_gives_the_same_bits(
     written = load_file(engine.export(tmp_path / "sgm", layout="sgm") / "small-sdxl.safetensors")
     assert written.keys() == tensors.keys() - {"conditioner.embedders.1.model.logit_scale"}
     assert all(torch.equal(written[name], tensors[name]) for name in written)
+    report = inspect(tmp_path / "all.safetensors")
+    assert [part["missing"] for part in report["parts"]] == [[]] * 4
+    lost = [
+        "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight",
+        "first_stage_model.decoder.conv_in.bias",
+        "conditioner.embedders.0.transformer.text_model.encoder.layers.1.mlp.fc1.bias",
+        "conditioner.embedders.1.model.transformer.resblocks.2.ln_1.weight",
+    ]
+    save_file({k: v for k, v in written.items() if k not in lost}, tmp_path / "lacking.safetensors")
+    report = inspect(tmp_path / "lacking.safetensors")
+    assert [part["missing"] for part in report["parts"]] == [[name] for name in lost]
     with pytest.raises(InvalidRequest, match="'diffusers' or 'sgm'"):
         engine.export(tmp_path / "bfl", layout="bfl")
     files = dict.fromkeys(("unet", "vae", "text_encoder", "text_encoder_2"), tmp_path / "all.safetensors") | {

@@ -22,6 +22,7 @@ from flux_engine.checkpoints.tables import (
     vae_diffusers,
 )
 from flux_engine.errors import WeightsError
+from flux_engine.params import count_of
 
 Kind = Literal["flux", "unet", "vae", "clip", "t5"]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -55,20 +56,15 @@ class Sign:
     """A second tensor that has to be there, under the same prefix."""
 
 
-def _levels(shapes: Shapes, start: str) -> int:
-    """How many numbers follow `start`."""
-    return len({name[len(start) :].partition(".")[0] for name in shapes if name.startswith(start)})
-
-
 def _sgm_attention(shapes: Shapes) -> tuple[bool, ...]:
     """Which resolutions of a UNet in SGM's layout have attention."""
-    levels = (_levels(shapes, "input_blocks.") + 1) // 3
+    levels = (count_of(shapes, "input_blocks.") + 1) // 3
     return tuple(f"input_blocks.{1 + 3 * level}.1.norm.weight" in shapes for level in range(levels))
 
 
 def _attention(shapes: Shapes) -> tuple[bool, ...]:
     """The same in diffusers' layout."""
-    levels = _levels(shapes, "down_blocks.")
+    levels = count_of(shapes, "down_blocks.")
     return tuple(f"down_blocks.{level}.attentions.0.norm.weight" in shapes for level in range(levels))
 
 
@@ -82,7 +78,7 @@ SIGNS = (
          lambda shapes: unet_diffusers(_attention(shapes)), also="add_embedding.linear_1.weight"),
     Sign("decoder.up.0.block.0.norm1.weight", "vae", "LDM"),
     Sign("decoder.up_blocks.0.resnets.0.norm1.weight", "vae", "diffusers",
-         lambda shapes: vae_diffusers(_levels(shapes, "decoder.up_blocks."))),
+         lambda shapes: vae_diffusers(count_of(shapes, "decoder.up_blocks."))),
     Sign("text_model.encoder.layers.0.layer_norm1.weight", "clip", "transformers", lambda _: CLIP_TRANSFORMERS),
     Sign("transformer.resblocks.0.attn.in_proj_weight", "clip", "OpenCLIP", lambda _: clip_open_clip(),
          also="positional_embedding"),

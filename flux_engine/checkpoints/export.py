@@ -20,7 +20,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flux_engine.checkpoints.keys import to_theirs
-from flux_engine.checkpoints.tables import FLUX_DIFFUSERS, clip_open_clip, unet_diffusers, unet_sgm, vae_diffusers
+from flux_engine.checkpoints.tables import (
+    FLUX_DIFFUSERS,
+    clip_open_clip,
+    published_clip,
+    unet_diffusers,
+    unet_sgm,
+    vae_diffusers,
+)
 from flux_engine.errors import OutputError, WeightsError
 from flux_engine.models.flux import Flux
 from flux_engine.models.unet import UNet
@@ -136,11 +143,7 @@ class Exported:
 
 def text_model(clip: PreTrainedModel, table: Tensor | None = None) -> Exported:
     """A text encoder, as it is published; with this table of tokens instead of its own."""
-    prefix = "text_model."
-    tensors = {
-        name if name.startswith("text_projection.") else prefix + name.removeprefix(prefix): v
-        for name, v in clip.state_dict().items()
-    }
+    tensors = {published_clip(name): v for name, v in clip.state_dict().items()}
     if table is not None:
         tensors["text_model.embeddings.token_embedding.weight"] = table
     return Exported("transformers", type(clip).__name__, clip.config.to_dict(), tensors)

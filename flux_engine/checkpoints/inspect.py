@@ -14,16 +14,66 @@ from torch import nn
 from flux_engine.checkpoints.detect import NAMES, Kind, Part, parts_of, what_is
 from flux_engine.checkpoints.load import differences
 from flux_engine.checkpoints.source import WeightSource
+from flux_engine.checkpoints.tables import published_clip
 from flux_engine.errors import WeightsError
 from flux_engine.models.flux import Flux
+from flux_engine.models.unet import UNet
 from flux_engine.models.vae import AutoEncoder
-from flux_engine.params import FluxParams, VAEParams
+from flux_engine.params import FluxParams, UNetParams, VAEParams, count_of
 
-NETWORKS: Mapping[Kind, Callable[[Mapping[str, tuple[int, ...]]], nn.Module]] = {
-    "flux": lambda shapes: Flux(FluxParams.from_shapes(shapes)),
-    "vae": lambda shapes: AutoEncoder(VAEParams.from_shapes(shapes)),
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def _clip(shapes: Shapes) -> Shapes:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    layers = "text_model.encoder.layers."
+    vocabulary, width = shapes["text_model.embeddings.token_embedding.weight"]
+    projected = "text_projection.weight" in shapes
+    config = CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=shapes[f"{layers}0.mlp.fc1.weight"][0],
+        num_hidden_layers=count_of(shapes, layers),
+        num_attention_heads=1,  # no shape tells
+        max_position_embeddings=shapes["text_model.embeddings.position_embedding.weight"][0],
+        projection_dim=shapes["text_projection.weight"][0] if projected else width,
+    )
+    made = (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).state_dict()
+    return {published_clip(name): tuple(tensor.shape) for name, tensor in made.items()}
+
+
+def _t5(shapes: Shapes) -> Shapes:
+    from transformers import T5Config, T5EncoderModel
+
+    block = "encoder.block.0.layer."
+    buckets, heads = shapes[f"{block}0.SelfAttention.relative_attention_bias.weight"]
+    config = T5Config(
+        vocab_size=shapes["shared.weight"][0],
+        d_model=shapes["shared.weight"][1],
+        d_kv=shapes[f"{block}0.SelfAttention.q.weight"][0] // heads,
+        d_ff=shapes[f"{block}1.DenseReluDense.wo.weight"][1],
+        num_layers=count_of(shapes, "encoder.block."),
+        num_heads=heads,
+        relative_attention_num_buckets=buckets,
+        feed_forward_proj="gated-gelu" if f"{block}1.DenseReluDense.wi_0.weight" in shapes else "relu",
+    )
+    made = T5EncoderModel(config).state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in made.items() if name != "encoder.embed_tokens.weight"}
+
+
+def _own(network: nn.Module) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+
+
+WANTED: Mapping[Kind, Callable[[Shapes], Shapes]] = {
+    "flux": lambda shapes: _own(Flux(FluxParams.from_shapes(shapes))),
+    "unet": lambda shapes: _own(UNet(UNetParams.from_shapes(shapes))),
+    "vae": lambda shapes: _own(AutoEncoder(VAEParams.from_shapes(shapes))),
+    "clip": _clip,
+    "t5": _t5,
 }
-"""The network that a part's own shapes ask for, where it is one of ours."""
+"""What a network of the kind that a part's own shapes ask for would have."""
 PIECE = 2**22
 """Numbers looked at at a time."""
 
@@ -68,18 +118,18 @@ def _part(source: WeightSource, part: Part) -> dict[str, Any]:
         "parameters": sum(prod(shape) for shape in shapes.values()),
         "dtypes": dict(Counter(str(r.dtype).removeprefix("torch.") for r in inside.recipes.values()).most_common()),
     }
-    if part.kind in NETWORKS:
-        report |= _lacks(inside, NETWORKS[part.kind])
-    return report
+    return report | _lacks(inside, WANTED[part.kind])
 
 
-def _lacks(source: WeightSource, make: Callable[[Mapping[str, tuple[int, ...]]], nn.Module]) -> dict[str, Any]:
+def _lacks(source: WeightSource, wanted_of: Callable[[Shapes], Shapes]) -> dict[str, Any]:
     try:
         with torch.device("meta"):
-            wanted = make(source.shapes).state_dict()
-    except (WeightsError, ValueError, ZeroDivisionError) as error:
+            wanted = wanted_of(source.shapes)
+    except KeyError as error:
+        return {"problem": f"no tensor {error}: this is not the network it seems to be"}
+    except (WeightsError, ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
         return {"problem": str(error)}
-    found: dict[str, Any] = dict(differences(source, {name: tuple(tensor.shape) for name, tensor in wanted.items()}))
+    found: dict[str, Any] = dict(differences(source, wanted))
     return found
 
 

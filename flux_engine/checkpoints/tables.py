@@ -117,6 +117,12 @@ def vae_diffusers(levels: int) -> Table:
     return tuple(table)
 
 
+def published_clip(name: str) -> str:
+    """What transformers' own models call a tensor of CLIP's -> what files call it: newer versions of transformers leave
+    the prefix out."""
+    return name if name.startswith("text_projection.") else f"text_model.{name.removeprefix('text_model.')}"
+
+
 CLIP_TRANSFORMERS: Table = (Entry("", ("text_model.embeddings",), leaf=("", "position_ids")),)
 """Older files store the numbers of the positions as well."""
 T5_TRANSFORMERS: Table = (_one("shared", "encoder.embed_tokens"),)

@@ -24,6 +24,7 @@ from transformers import (
 from flux_engine.checkpoints.detect import pick
 from flux_engine.checkpoints.load import load_module
 from flux_engine.checkpoints.source import WeightSource
+from flux_engine.checkpoints.tables import published_clip
 from flux_engine.errors import WeightsError
 
 Config = TypeVar("Config", CLIPTextConfig, T5Config)
@@ -86,15 +87,10 @@ def load_clip(
     """One of transformers' text models, from the files of a part. Of several in a file it is the one that is as wide as
     the part's config says."""
     config = read_config(CLIPTextConfig, files[f"{part}/config.json"])
-
-    def stored(name: str) -> str:
-        # Published files say `text_model.` before every name; newer versions of transformers do not.
-        return name if name.startswith("text_projection.") else f"text_model.{name.removeprefix('text_model.')}"
-
     with WeightSource.open(files[part]) as file:
         source = pick(file, "clip", width=config.hidden_size)
         check_depth(config, source)
-        clip = load_module(lambda: kind(config), source, dtype=dtype, device=device, rename=stored)
+        clip = load_module(lambda: kind(config), source, dtype=dtype, device=device, rename=published_clip)
     positions = torch.arange(config.max_position_embeddings, device=device)
     for name, _ in list(clip.named_buffers()):  # the one buffer that no file stores
         parent, _, leaf = name.rpartition(".")

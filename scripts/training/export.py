@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import T5EncoderModel
 
+from flux_engine.checkpoints.tables import published_clip
 from training.run import KEPT, OUT, ROOT, log, read_average
 from training.text import PairedEncoders, TextEncoders
 
@@ -106,10 +107,8 @@ def write_sdxl_shared() -> None:
 
 
 def write_encoder(folder: Path, model: Any, tensors: dict[str, Tensor]) -> None:
-    """Names as they are published: with `text_model.` before all of CLIP's but the projection."""
-    plain = isinstance(model, T5EncoderModel)
-    names = {k: k if plain or "projection" in k else f"text_model.{k.removeprefix('text_model.')}" for k in tensors}
-    write_tensors(folder / "model.safetensors", {names[k]: v for k, v in tensors.items()})
+    named = {k if isinstance(model, T5EncoderModel) else published_clip(k): v for k, v in tensors.items()}
+    write_tensors(folder / "model.safetensors", named)
     (folder / "config.json").write_text(model.config.to_json_string(use_diff=True))
 
 
