@@ -9,6 +9,7 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -200,10 +201,16 @@ class Diffusers:
         return scaled * length - sigma * prediction.float()
 
 
-def sigma_at(params: DiffusionSchedule, timestep: float) -> float:
-    """Noise over signal at a discrete timestep, or between two."""
+@cache
+def log_sigmas(params: DiffusionSchedule) -> tuple[float, ...]:
+    """Logarithm of noise over signal at every discrete timestep."""
     roots = torch.linspace(params.beta_start**0.5, params.beta_end**0.5, params.num_train_timesteps).double()
     kept = torch.cumprod(1 - roots**2, dim=0)
+    return tuple((((1 - kept) / kept).log() / 2).tolist())
+
+
+def sigma_at(params: DiffusionSchedule, timestep: float) -> float:
+    """Noise over signal at a discrete timestep, or between two."""
     low = min(int(timestep), params.num_train_timesteps - 2)
-    a, b = (math.log((1 - k) / k) / 2 for k in kept[low : low + 2].tolist())
+    a, b = log_sigmas(params)[low : low + 2]
     return math.exp(a + (timestep - low) * (b - a))

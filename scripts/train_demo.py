@@ -8,6 +8,10 @@
     python scripts/train_demo.py base              # the transformer
     python scripts/train_demo.py dev               # from it demo-dev, with guidance
     python scripts/train_demo.py schnell           # and demo-schnell, for few steps
+    python scripts/train_demo.py sdxl-vae          # SDXL's autoencoder
+    python scripts/train_demo.py sdxl-text         # its second text encoder; the first is FLUX's
+    python scripts/train_demo.py sdxl-base         # the UNet, on latents of --vae sdxl-vae
+    python scripts/train_demo.py sdxl-turbo        # and demo-sdxl-turbo
     python scripts/train_demo.py export            # into weights/, with hashes and curves
     python scripts/train_demo.py checkpoint RUN    # keep what a run has reached in weights/checkpoints
 
@@ -79,9 +83,9 @@ def main() -> None:
     ):
         command = part(name, run, steps=steps, lr=lr, batch=batch)
         command.add_argument("--large", type=float, default=0.35, help="share of batches at the full megapixel")
+        command.add_argument("--free", type=float, default=0.1, help="share of pictures whose objects are anywhere")
         if "base" in name:
             command.add_argument("--start", type=Path, help="weights to start from, a safetensors file")
-            command.add_argument("--free", type=float, default=0.1, help="share of pictures whose objects are anywhere")
         if name == "base":
             command.add_argument("--thin", type=float, default=0.8, help="share of those with half of their tokens")
 

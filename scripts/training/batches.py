@@ -168,8 +168,6 @@ class Source:
             for layout, megapixels in product(LAYOUTS, MEGAPIXELS)
         }
         for (layout, megapixels), pools in self.pools.items():
-            if not pools and not encode:
-                raise SystemExit(f"no {layout} pictures at megapixels {megapixels}: first run latents, then captions")
             counts = {f"{pool.width}x{pool.height}": len(pool.scenes) for pool, _, _ in pools}
             log.info("%s, megapixels %s: %s", layout, megapixels, counts)
 
@@ -181,7 +179,10 @@ class Source:
         much for half the work (arXiv 2306.09305).
         """
         large, anywhere = rng.random() < self.large, rng.random() < free
-        pools = self.pools["free" if anywhere else "middle", MEGAPIXELS[0 if large else 1]]
+        layout, megapixels = "free" if anywhere else "middle", MEGAPIXELS[0 if large else 1]
+        pools = self.pools[layout, megapixels]
+        if not pools:
+            raise SystemExit(f"no {layout} pictures at megapixels {megapixels}: first run latents, then captions")
         (pool, texts, asked), *_ = rng.choices(pools, [how_often(pool.width, pool.height) for pool, _, _ in pools])
         picks = [rng.randrange(len(pool.scenes)) for _ in range(self.count)]
         tokens, pooled = self._words(pool, texts, picks, rng)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import _muon
 
 import flux_engine.models.flux
+import flux_engine.models.unet
 from flux_engine import ops
 from flux_engine.hardware import has_bf16
 from flux_engine.models.flux import Flux, FluxStatics
@@ -62,7 +63,7 @@ def orthogonal(grad: Tensor, ns_coefficients: tuple[float, float, float], ns_ste
 
 def use_faster_operations() -> None:
     """Put these in the place of the engine's and of torch's own, for this process."""
-    flux_engine.models.flux.attention = explicit_attention
+    flux_engine.models.flux.attention = flux_engine.models.unet.attention = explicit_attention
     ops.apply_rotary = complex_rotary
     if not has_bf16(torch.device("cpu")):
         _muon._zeropower_via_newtonschulz = orthogonal
@@ -104,17 +105,21 @@ def error_of(out: Tensor, target: Tensor, batch: Batch, walked: bool) -> Tensor:
     return sure * (batch.weight * ((out - target) ** 2).mean(dim=2)).mean(dim=1)
 
 
-def optimizers_of(net: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for the rest."""
+def optimizers_of(net: nn.Module, lr: float, inside: Callable[[str], bool]) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices `inside` the blocks, by name, AdamW for the rest."""
     hidden: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, value in net.named_parameters():
-        inside = "_blocks." in name and value.ndim == 2 and "mod" not in name
-        (hidden if inside else rest).append(value)
+        (hidden if value.ndim == 2 and inside(name) else rest).append(value)
     return [
         torch.optim.Muon(hidden, lr=lr, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.01),
     ]
+
+
+def in_a_block(name: str) -> bool:
+    """Whether a FLUX tensor is, and no modulation."""
+    return "_blocks." in name and "mod" not in name
 
 
 def new_flux() -> Flux:
@@ -140,28 +145,44 @@ def train_base(args: argparse.Namespace) -> None:
     net = Traced(new_flux())
     if args.start:
         net.load_state_dict({k: v.float() for k, v in load_file(args.start).items()})
-    run = Run("base", net, optimizers_of(net, args.lr), steps=args.steps, ema=0.999)
+    run = Run("base", net, optimizers_of(net, args.lr, in_a_block), steps=args.steps, ema=0.999)
     source = Source(args.batch, args.large, uncaptioned=0.1)
-    walks = Walks(source, WALKS, args.thin)
 
-    def look(batch: Batch, x: Tensor, walked: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """-> velocity; the error of every picture; all that goes into the loss."""
+    def look(x: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with autocast():
             out, facts, edges, drawn = (value.float() for value in net(x, prepare(net.flux, batch)))
-        error = error_of(out, batch.velocity(x), batch, walked)
-        return out, error, batch.answers.losses(facts, edges, drawn, batch.captioned)
+        return out, facts, edges, drawn
+
+    learn(run, look, source, WALKS, free=args.free, thin=args.thin)
+
+
+Look = Callable[[Tensor, Batch], tuple[Tensor, Tensor, Tensor, Tensor]]
+"""Tokens, and the batch whose noise level they have -> the velocity there; facts, edges, drawn (hints.py)."""
+
+
+def learn(
+    run: Run, look: Look, source: Source, plans: Sequence[Sequence[float]], *, free: float, thin: float = 0.0
+) -> None:
+    """Half of a step is pictures with noise, half is where the network's own steps lead."""
+    walks = Walks(source, plans, thin)
+
+    def errors(batch: Batch, x: Tensor, walked: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """-> velocity; the error of every picture; what it missed of what it was asked."""
+        out, facts, edges, drawn = look(x, batch)
+        told = batch.answers.losses(facts, edges, drawn, batch.captioned)
+        return out, error_of(out, batch.velocity(x), batch, walked), told
 
     def total(error: Tensor, told: dict[str, Tensor]) -> Tensor:
         return (error + sum(hints.WEIGHTS[name] * value for name, value in told.items())).mean()
 
     def loss_of(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
-        batch = source.draw(rng, noise_level, free=args.free, thin=args.thin)
-        _, error, told = look(batch, batch.mixed, walked=False)
+        batch = source.draw(rng, noise_level, free=free, thin=thin)
+        _, error, told = errors(batch, batch.mixed, walked=False)
         loss = total(error, told)
         high = (batch.t > 0.95) & batch.captioned
         figures = {name: value[high].mean().item() for name, value in ({"noise_only": error} | told).items()}
         walk = walks.take(rng)
-        out, error, told = look(walk.batch, walk.x, walked=True)
+        out, error, told = errors(walk.batch, walk.x, walked=True)
         figures["walked"] = error[walk.batch.settled].mean().item()
         walks.go(walk, out)
         return (loss + total(error, told)) / 2, figures
@@ -188,7 +209,9 @@ Predict = Callable[[Tensor, Batch], Tensor]
 """Tokens, and the batch whose noise level they have -> the velocity there."""
 
 
-def guided(run: Run, pupil: Predict, teacher: Predict, source: Source, plans: Sequence[Sequence[float]]) -> None:
+def guided(
+    run: Run, pupil: Predict, teacher: Predict, source: Source, plans: Sequence[Sequence[float]], free: float
+) -> None:
     """Guidance distillation (arXiv 2210.03142), one call that gives what two calls of the base give together, on
     pictures with noise and where own steps lead. In place of the base's answer to the caption stands the truth."""
     walks = Walks(source, plans)
@@ -208,7 +231,7 @@ def guided(run: Run, pupil: Predict, teacher: Predict, source: Source, plans: Se
         return out, error_of(out, target, batch, walked).mean()
 
     def loss_of(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
-        batch = source.draw(rng, noise_level, free=0.1)
+        batch = source.draw(rng, noise_level, free=free)
         _, loss = loss_at(batch, batch.mixed, walked=False)
         walk = walks.take(rng)
         out, walked = loss_at(walk.batch, walk.x, walked=True)
@@ -231,9 +254,11 @@ def train_dev(args: argparse.Namespace) -> None:
     def guidance(rng: random.Random) -> float:
         return rng.uniform(0, 1) if rng.random() < 0.2 else rng.uniform(1, 6)
 
-    run = Run("demo-dev", nn.ModuleDict({"flux": flux}), optimizers_of(flux, args.lr), steps=args.steps, ema=0.99)
+    run = Run(
+        "demo-dev", nn.ModuleDict({"flux": flux}), optimizers_of(flux, args.lr, in_a_block), steps=args.steps, ema=0.99
+    )
     source = Source(args.batch, args.large, guidance=guidance)
-    guided(run, partial(predict, flux), partial(predict, teacher), source, WALKS)
+    guided(run, partial(predict, flux), partial(predict, teacher), source, WALKS, args.free)
 
 
 def train_schnell(args: argparse.Namespace) -> None:
@@ -242,6 +267,12 @@ def train_schnell(args: argparse.Namespace) -> None:
     torch.manual_seed(5)
     teacher, flux = load_base(), Flux(PARAMS)
     flux.load_state_dict(teacher.state_dict())
-    run = Run("demo-schnell", nn.ModuleDict({"flux": flux}), optimizers_of(flux, args.lr), steps=args.steps, ema=0.99)
+    run = Run(
+        "demo-schnell",
+        nn.ModuleDict({"flux": flux}),
+        optimizers_of(flux, args.lr, in_a_block),
+        steps=args.steps,
+        ema=0.99,
+    )
     source = Source(args.batch, args.large, guidance=lambda _: DEMO_DEV.guidance_scale or 1.0)
-    guided(run, partial(predict, flux), partial(predict, teacher), source, SHORT_WALKS)
+    guided(run, partial(predict, flux), partial(predict, teacher), source, SHORT_WALKS, args.free)

@@ -8,23 +8,20 @@ with the discrete timestep of its noise.
 from __future__ import annotations
 
 import argparse
-import random
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.optim import _muon
 
-import flux_engine.models.unet
+from flux_engine.families.base import channels_last
 from flux_engine.families.flux import patchify, unpatchify
-from flux_engine.hardware import has_bf16
 from flux_engine.models.unet import UNet
-from flux_engine.schedulers import Diffusers, sigma_at
+from flux_engine.schedulers import Diffusers, log_sigmas, sigma_at
 from flux_engine.specs import DEMO_DEV, DEMO_SDXL, DEMO_SDXL_TURBO, SDXLSpec
 from training import hints
-from training.batches import Batch, Source, Walks, noise_level
-from training.flux import error_of, explicit_attention, guided, orthogonal
+from training.batches import Batch, Source
+from training.flux import guided, learn, optimizers_of, use_faster_operations
 from training.run import Run, autocast, read_average
 from training.text import load_paired
 
@@ -33,15 +30,8 @@ FIRST_TIMESTEPS = (900.0, 999.0)
 """Where a sampler may begin: what it calls pure noise has a timestep from here."""
 
 
-def log_sigmas() -> Tensor:
-    """Logarithm of noise over signal at every discrete timestep."""
-    schedule = DEMO_SDXL.schedule
-    roots = torch.linspace(schedule.beta_start**0.5, schedule.beta_end**0.5, schedule.num_train_timesteps)
-    kept = torch.cumprod(1 - roots.double() ** 2, dim=0)
-    return (((1 - kept) / kept).log() / 2).float()
-
-
-LOG_SIGMAS = log_sigmas()
+LOG_SIGMAS = torch.tensor(log_sigmas(DEMO_SDXL.schedule))
+"""Logarithm of noise over signal at every discrete timestep."""
 
 
 def discrete(t: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,19 +90,9 @@ class Traced(nn.Module):
         return velocity, facts, edges, drawn
 
 
-def optimizers_of(net: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for the rest, convolutions among it."""
-    if not has_bf16(torch.device("cpu")):
-        _muon._zeropower_via_newtonschulz = orthogonal
-    hidden: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    for name, value in net.named_parameters():
-        inside = ".attentions." in name and value.ndim == 2
-        (hidden if inside else rest).append(value)
-    return [
-        torch.optim.Muon(hidden, lr=lr, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.01),
-    ]
+def in_an_attention(name: str) -> bool:
+    """Whether a tensor is; the convolutions, most of the rest, are no matrices."""
+    return ".attentions." in name
 
 
 def new_unet() -> UNet:
@@ -123,7 +103,7 @@ def new_unet() -> UNet:
                 value.mul_(0.3)
             if key.startswith("conv_out"):
                 value.mul_(0.1)
-    return nn.Module.to(unet, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return channels_last(unet)
 
 
 def source_of(args: argparse.Namespace, **options: Any) -> Source:
@@ -131,38 +111,16 @@ def source_of(args: argparse.Namespace, **options: Any) -> Source:
 
 
 def train_base(args: argparse.Namespace) -> None:
-    """As the FLUX base: one caption in ten is empty, for guidance; half of a step is pictures with noise, half is where
-    the network's own steps lead."""
-    flux_engine.models.unet.attention = explicit_attention
+    """As the FLUX base, one caption in ten is empty, for guidance."""
+    use_faster_operations()
     torch.manual_seed(6)
     net = Traced(new_unet())
     if args.start:
         net.load_state_dict({k: v.float() for k, v in load_file(args.start).items()})
-    run = Run("sdxl-base", net, optimizers_of(net, args.lr), steps=args.steps, ema=0.999)
+    run = Run("sdxl-base", net, optimizers_of(net, args.lr, in_an_attention), steps=args.steps, ema=0.999)
     source = source_of(args, uncaptioned=0.1)
-    walks = Walks(source, [walk(DEMO_SDXL, 25), *(walk(DEMO_SDXL_TURBO, steps) for steps in (4, 8, 16))])
-
-    def look(batch: Batch, x: Tensor, walked: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        out, facts, edges, drawn = net(x, batch)
-        error = error_of(out, batch.velocity(x), batch, walked)
-        return out, error, batch.answers.losses(facts, edges, drawn, batch.captioned)
-
-    def total(error: Tensor, told: dict[str, Tensor]) -> Tensor:
-        return (error + sum(hints.WEIGHTS[name] * value for name, value in told.items())).mean()
-
-    def loss_of(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
-        batch = source.draw(rng, noise_level, free=args.free)
-        _, error, told = look(batch, batch.mixed, walked=False)
-        loss = total(error, told)
-        high = (batch.t > 0.95) & batch.captioned
-        figures = {name: value[high].mean().item() for name, value in ({"noise_only": error} | told).items()}
-        walk = walks.take(rng)
-        out, error, told = look(walk.batch, walk.x, walked=True)
-        figures["walked"] = error[walk.batch.settled].mean().item()
-        walks.go(walk, out)
-        return (loss + total(error, told)) / 2, figures
-
-    run.train(loss_of)
+    plans = [walk(DEMO_SDXL, 25), *(walk(DEMO_SDXL_TURBO, steps) for steps in (4, 8, 16))]
+    learn(run, net, source, plans, free=args.free)
 
 
 def load_base() -> UNet:
@@ -173,10 +131,10 @@ def load_base() -> UNet:
 
 def train_turbo(args: argparse.Namespace) -> None:
     """Four steps or fewer, with the guidance inside, as demo-schnell has it."""
-    flux_engine.models.unet.attention = explicit_attention
+    use_faster_operations()
     torch.manual_seed(7)
     teacher, pupil = Traced(load_base()), Traced(load_base().requires_grad_(True).train())
-    run = Run("demo-sdxl-turbo", pupil, optimizers_of(pupil.unet, args.lr), steps=args.steps, ema=0.99)
+    run = Run("demo-sdxl-turbo", pupil, optimizers_of(pupil.unet, args.lr, in_an_attention), steps=args.steps, ema=0.99)
     source = source_of(args, guidance=lambda _: DEMO_DEV.guidance_scale or 1.0)
     plans = [walk(DEMO_SDXL_TURBO, steps) for steps in (2, 4)]
-    guided(run, pupil.velocity, teacher.velocity, source, plans)
+    guided(run, pupil.velocity, teacher.velocity, source, plans, args.free)

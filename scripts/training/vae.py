@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks import world
+from flux_engine.families.base import channels_last
 from flux_engine.models.vae import AutoEncoder
 from flux_engine.params import VAEParams
 from flux_engine.specs import DEMO_DEV, DEMO_SDXL, PUBLISHED_SIZES
@@ -31,7 +32,7 @@ def to_tensor(pictures: list[Any]) -> Tensor:
 
 
 def new_vae(params: VAEParams) -> AutoEncoder:
-    return nn.Module.to(AutoEncoder(params), memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return channels_last(AutoEncoder(params))
 
 
 def load_vae(run: str = "vae") -> AutoEncoder:
