@@ -52,45 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"flux-engine {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    generate = commands.add_parser("generate", help="make pictures from a prompt", allow_abbrev=False)
-    generate.add_argument("prompt")
-    generate.add_argument(
-        "--model", default=DEFAULT_MODEL, help="a name (see `models`), a file or folder, or OWNER/NAME on the hub"
-    )
-    generate.add_argument("--negative-prompt")
-    generate.add_argument("--aspect-ratio", metavar="W:H", help=f"one of {', '.join(PUBLISHED_SIZES)}")
-    generate.add_argument("--megapixels", help=f"one of {', '.join(MEGAPIXELS)}")
-    generate.add_argument("--width", type=int)
-    generate.add_argument("--height", type=int)
-    generate.add_argument("--num-outputs", type=int, default=1, metavar="N")
-    generate.add_argument("--steps", type=int, metavar="N")
-    generate.add_argument("--guidance", type=float, metavar="SCALE", help="of models that take one")
-    generate.add_argument("--true-cfg", type=float, metavar="SCALE", help="of the negative prompt, with FLUX.1")
-    generate.add_argument("--scheduler", metavar="NAME", help=f"SDXL: one of {', '.join(SCHEDULERS)}")
-    generate.add_argument("--refiner", metavar="MODEL", help="SDXL: a refiner to load as well")
-    generate.add_argument("--refine", metavar="MODE", help="expert_ensemble_refiner (default) or base_image_refiner")
-    generate.add_argument("--high-noise-frac", type=float, metavar="SHARE", help="of the way before the refiner")
-    generate.add_argument("--refine-steps", type=int, metavar="N", help="of the base_image_refiner")
-    generate.add_argument("--prompt-weights", action="store_true", help="SDXL: read (word:1.2) as a weight")
-    generate.add_argument("--prompt-chunks", action="store_true", help="SDXL: read prompts over 77 tokens whole")
-    generate.add_argument("--seed", type=int)
-    generate.add_argument(
-        "--output",
-        type=Path,
-        help="file to write; with several pictures -0, -1, ... is put before the ending",
-    )
-    generate.add_argument("--format", help="png, jpg or webp; else the file's ending")
-    generate.add_argument("--quality", type=int, default=95, help="of jpg and webp")
-    generate.add_argument(
-        "--no-metadata",
-        action="store_true",
-        help="do not write the prompt and parameters into the file",
-    )
-    generate.add_argument("--strict", action="store_true", help="refuse what would be adjusted")
-    generate.add_argument("--device", help="auto, cpu, cuda, cuda:N")
-    generate.add_argument("--dtype", help=", ".join(DTYPES))
-    generate.add_argument("--json", action="store_true", help="print JSON only")
-    generate.set_defaults(run=_generate)
+    _add_generate(commands)
 
     models = commands.add_parser("models", help="list the models that can be loaded")
     models.add_argument("--all", action="store_true", help="ControlNets, LoRAs, annotators and safety checkers as well")
@@ -131,6 +93,48 @@ def _parser() -> argparse.ArgumentParser:
     schema.add_argument("--openapi", action="store_true", help="as an OpenAPI document")
     schema.set_defaults(run=_schema)
     return parser
+
+
+def _add_generate(commands: Any) -> None:
+    generate = commands.add_parser("generate", help="make pictures from a prompt", allow_abbrev=False)
+    generate.add_argument("prompt")
+    generate.add_argument(
+        "--model", default=DEFAULT_MODEL, help="a name (see `models`), a file or folder, or OWNER/NAME on the hub"
+    )
+    generate.add_argument("--negative-prompt")
+    generate.add_argument("--aspect-ratio", metavar="W:H", help=f"one of {', '.join(PUBLISHED_SIZES)}")
+    generate.add_argument("--megapixels", help=f"one of {', '.join(MEGAPIXELS)}")
+    generate.add_argument("--width", type=int)
+    generate.add_argument("--height", type=int)
+    generate.add_argument("--num-outputs", type=int, default=1, metavar="N")
+    generate.add_argument("--steps", type=int, metavar="N")
+    generate.add_argument("--guidance", type=float, metavar="SCALE", help="of models that take one")
+    generate.add_argument("--true-cfg", type=float, metavar="SCALE", help="of the negative prompt, with FLUX.1")
+    generate.add_argument("--scheduler", metavar="NAME", help=f"SDXL: one of {', '.join(SCHEDULERS)}")
+    generate.add_argument("--refiner", metavar="MODEL", help="SDXL: a refiner to load as well")
+    generate.add_argument("--refine", metavar="MODE", help="expert_ensemble_refiner (default) or base_image_refiner")
+    generate.add_argument("--high-noise-frac", type=float, metavar="SHARE", help="of the way before the refiner")
+    generate.add_argument("--refine-steps", type=int, metavar="N", help="of the base_image_refiner")
+    generate.add_argument("--prompt-weights", action="store_true", help="SDXL: read (word:1.2) as a weight")
+    generate.add_argument("--prompt-chunks", action="store_true", help="SDXL: read prompts over 77 tokens whole")
+    generate.add_argument("--seed", type=int)
+    generate.add_argument(
+        "--output",
+        type=Path,
+        help="file to write; with several pictures -0, -1, ... is put before the ending",
+    )
+    generate.add_argument("--format", help="png, jpg or webp; else the file's ending")
+    generate.add_argument("--quality", type=int, default=95, help="of jpg and webp")
+    generate.add_argument(
+        "--no-metadata",
+        action="store_true",
+        help="do not write the prompt and parameters into the file",
+    )
+    generate.add_argument("--strict", action="store_true", help="refuse what would be adjusted")
+    generate.add_argument("--device", help="auto, cpu, cuda, cuda:N")
+    generate.add_argument("--dtype", help=", ".join(DTYPES))
+    generate.add_argument("--json", action="store_true", help="print JSON only")
+    generate.set_defaults(run=_generate)
 
 
 def _generate(args: argparse.Namespace) -> None:

@@ -40,7 +40,7 @@ def listing(repository: str, *, revision: str = "main", offline: bool = False) -
         if not (offline or constants.HF_HUB_OFFLINE):
             try:
                 return sorted(HfApi().list_repo_files(repository, revision=revision))
-            except Exception as error:
+            except Exception as error:  # its client's errors have no base of their own: looked at, or raised again
                 answered = getattr(error, "response", None) is not None
                 if answered or not (isinstance(error, OfflineModeIsEnabled | OSError) or _of_the_network(error)):
                     raise

@@ -6,6 +6,7 @@ never a model for its name. Nothing here needs torch: a request is validated bef
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -71,10 +72,10 @@ class SizeTable:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSpec:
+class ModelSpec(ABC):
     """Everything about a model that is not its weights."""
 
-    family: ClassVar[str] = ""
+    family: ClassVar[str]
     name: str
     vae: VAEParams
     sizes: SizeTable
@@ -89,9 +90,9 @@ class ModelSpec:
     """Default scale of classifier-free guidance when a negative prompt is given, where `guidance_scale` is not it."""
 
     @property
+    @abstractmethod
     def needs_picture(self) -> bool:
         """Whether the network reads a picture beside the latent."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -166,7 +166,7 @@ def write_diffusers(
     parts: Mapping[str, Exported],
     tokenizers: Mapping[str, PreTrainedTokenizerBase],
     scheduler: Mapping[str, Any],
-    **said: Any,
+    said: Mapping[str, Any],
 ) -> Path:
     """Write a folder that diffusers' `pipeline`.from_pretrained reads.
 

@@ -73,7 +73,8 @@ class Family(ABC, Generic[Spec]):
         """The walks that make the pictures of a job."""
 
     @abstractmethod
-    def encode(self, job: Job) -> Encoded: ...
+    def encode(self, job: Job) -> Encoded:
+        """What the network reads of a job's prompts. Raises InvalidRequest if the job is strict and one is too long."""
 
     @abstractmethod
     def statics(self, job: Job, encoded: Encoded, schedule: Schedule) -> Any:

@@ -113,7 +113,7 @@ class FluxFamily(Family[FluxSpec]):
         }
         tokenizers = {"tokenizer": self.text.clip_tokenizer, "tokenizer_2": self.text.t5_tokenizer}
         scheduler = export.flux_scheduler_config(self.spec.schedule)
-        return export.write_diffusers(folder, "FluxPipeline", parts, tokenizers, scheduler)
+        return export.write_diffusers(folder, "FluxPipeline", parts, tokenizers, scheduler, {})
 
     def export_as_published(self, folder: Path) -> Path:
         """The transformer and the autoencoder."""

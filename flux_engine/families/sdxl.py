@@ -100,6 +100,7 @@ class SDXLFamily(Family[SDXLSpec]):
         return self.refined_by(SDXLFamily(spec, net, self.vae, text))
 
     def refined_by(self, refiner: SDXLFamily) -> SDXLFamily:
+        """The same with a refiner that is put together already."""
         return replace(self, spec=replace(self.spec, refiner=refiner.spec), refiner=refiner)
 
     def learn(self, found: Inversion) -> None:
@@ -140,7 +141,7 @@ class SDXLFamily(Family[SDXLSpec]):
         if self.spec.aesthetic_score:
             said |= {"requires_aesthetics_score": True, "text_encoder": [None, None], "tokenizer": [None, None]}
         scheduler = scheduler_config(self.spec.schedule, self.spec.schedule.scheduler)
-        return export.write_diffusers(folder, kind, parts, tokenizers, scheduler, **said)
+        return export.write_diffusers(folder, kind, parts, tokenizers, scheduler, said)
 
     def export_as_published(self, folder: Path) -> Path:
         """All of the model in one file."""

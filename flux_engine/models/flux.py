@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from flux_engine import ops
 from flux_engine.attention import attention
+from flux_engine.models.layers import merge_heads
 from flux_engine.params import FluxParams
 
 
@@ -111,11 +112,6 @@ def split_heads(qkv: Tensor, num_heads: int, norm: QKNorm) -> tuple[Tensor, Tens
     """(B, L, 3 D) -> normalised q and k, plain v, each (B, H, L, head_dim)."""
     q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     return norm.query_norm(q), norm.key_norm(k), v
-
-
-def merge_heads(x: Tensor) -> Tensor:
-    """(B, H, L, head_dim) -> (B, L, D)."""
-    return x.transpose(1, 2).flatten(2)
 
 
 class Modulation(nn.Module):

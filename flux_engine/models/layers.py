@@ -7,6 +7,11 @@ from torch import Tensor, nn
 from flux_engine import ops
 
 
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, H, L, head_dim) -> (B, L, D)."""
+    return x.transpose(1, 2).flatten(2)
+
+
 class NormSiLU(nn.GroupNorm):
     """GroupNorm with SiLU behind it, as one op."""
 

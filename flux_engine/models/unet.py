@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from flux_engine import ops
 from flux_engine.attention import attention
-from flux_engine.models.layers import NormSiLU
+from flux_engine.models.layers import NormSiLU, merge_heads
 from flux_engine.params import UNetParams
 
 IDS_DIM = 256
@@ -55,11 +55,6 @@ class UNetStatics:
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
     """(B, L, H D) -> (B, H, L, D)."""
     return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
-
-
-def merge_heads(x: Tensor) -> Tensor:
-    """(B, H, L, D) -> (B, L, H D)."""
-    return x.transpose(1, 2).flatten(2)
 
 
 class Embedder(nn.Module):

@@ -127,8 +127,9 @@ class SDXLTextEncoder:
         for prompt in prompts:
             text = prompt or ""
             cond = self._cache.get((text, weights, count), lambda t=text: self._encode_one(t, weights, count))
-            zeros = TextCond(torch.zeros_like(cond.tokens), torch.zeros_like(cond.pooled))
-            rows.append(zeros if prompt is None else cond)
+            if prompt is None:
+                cond = TextCond(torch.zeros_like(cond.tokens), torch.zeros_like(cond.pooled))
+            rows.append(cond)
         return TextCond.cat(rows)
 
     def chunk_count(self, prompt: str, weights: bool) -> int:
