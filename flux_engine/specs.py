@@ -318,6 +318,7 @@ DEMO_SDXL = replace(
     ),
     schedule=DiffusionSchedule(prediction_type="v_prediction"),
     sizes=replace(DEMO_DEV.sizes, multiple=8, classes=("1",)),
+    zero_negative=False,
     num_inference_steps=25,
     guidance_scale=3.0,
 )
