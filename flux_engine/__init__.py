@@ -27,6 +27,7 @@ from flux_engine.errors import (
     UnsupportedError,
     WeightsError,
 )
+from flux_engine.inputs import Control
 from flux_engine.request import Request
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Control",
     "Engine",
     "EngineConfig",
     "FluxEngineError",

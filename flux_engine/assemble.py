@@ -109,6 +109,19 @@ def find_model(
     return Model(replace(spec, name=name), parts)
 
 
+def file_of(name: str, known: Mapping[str, hub.Manifest], *, offline: bool = False) -> Path:
+    """The weights of one network that a path or repository names, a file or the index of its shards.
+
+    Raises UnknownModel or WeightsError.
+    """
+    meant = hub.refer(name, known)
+    if isinstance(meant, hub.Manifest):
+        raise UnknownModel(f"{meant.name} is a whole {meant.kind}, not one network")
+    if isinstance(meant, hub.Repository):
+        meant = _repository(meant.name, meant.file, "main", None, offline)
+    return weights_in(meant) if meant.is_dir() else meant
+
+
 def needed(spec: ModelSpec) -> list[str]:
     """The parts that a model has."""
     every = PARTS[spec.family].every
@@ -216,14 +229,12 @@ def _in_file(path: Path, variant: str | None) -> _Found:
 def _spec_of(found: _Found, path: Path) -> ModelSpec:
     """The spec it is nearest to, with its own widths and what its configs say.
 
-    Raises UnsupportedError for a model that reads a picture beside the prompt.
+    Raises UnsupportedError for a network that reads something beside the latent that is not known.
     """
     layout = PARTS[found.family]
     with WeightSource.open(found.parts[layout.network]) as source:
         shapes = pick(source, layout.weights[layout.network]).shapes
     spec = _flux_spec(path, shapes, found) if found.family == "flux" else _sdxl_spec(path, shapes, found)
-    if spec.needs_picture:
-        raise UnsupportedError(f"{path} reads a picture beside the prompt, which this version cannot give it")
     if "vae" in found.parts:
         with WeightSource.open(found.parts["vae"]) as source:
             vae = VAEParams.from_shapes(pick(source, "vae").shapes)
@@ -281,6 +292,7 @@ def _flux_spec(path: Path, shapes: Shapes, found: _Found) -> FluxSpec:
             spec.guidance_scale != FLUX_DEV.guidance_scale,  # Kontext is like dev in all of its shapes
         ),
     )
+    _check_channels(path, params.in_channels, nearest.transformer.in_channels)
     said = found.config("scheduler")
     return replace(nearest, transformer=params, schedule=_flow_schedule(path, said) if said else nearest.schedule)
 
@@ -305,6 +317,7 @@ def _sdxl_spec(path: Path, shapes: Shapes, found: _Found) -> SDXLSpec:
             spec.unet.block_out_channels != params.block_out_channels,
         ),
     )
+    _check_channels(path, params.in_channels, nearest.unet.in_channels)
     said = found.config("unet")
     try:
         heads = said.get("attention_head_dim")
@@ -320,6 +333,11 @@ def _sdxl_spec(path: Path, shapes: Shapes, found: _Found) -> SDXLSpec:
     said = found.config("scheduler")
     schedule = _diffusion_schedule(path, said, nearest.schedule) if said else nearest.schedule
     return replace(nearest, unet=params, zero_negative=zero, schedule=schedule)
+
+
+def _check_channels(path: Path, found: int, known: int) -> None:
+    if found != known:
+        raise UnsupportedError(f"{path} reads {found} channels, as no model known here; the nearest reads {known}")
 
 
 def _vae(found: VAEParams, like: VAEParams, config: Mapping[str, Any]) -> VAEParams:

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 
 from flux_engine import hardware, images
+from flux_engine.addons import ControlNets, find_controlnets, find_redux
 from flux_engine.assemble import find_model
 from flux_engine.config import EngineConfig
 from flux_engine.errors import InvalidRequest, OutOfMemory, OutputError, WeightsError, did_you_mean
 from flux_engine.families.base import Family
+from flux_engine.families.flux import FluxFamily
 from flux_engine.families.load import load_family
 from flux_engine.families.sdxl import SDXLFamily
 from flux_engine.pipeline import OnStep, Pipeline, check_cancelled
@@ -54,6 +56,8 @@ def load(
     variant: str | None = None,
     offline: bool = False,
     refiner: str | os.PathLike[str] | None = None,
+    controlnets: ControlNets = (),
+    redux: str | os.PathLike[str] | None = None,
 ) -> Engine:
     """Load a model and return an engine that runs requests on it.
 
@@ -64,7 +68,9 @@ def load(
     machine does best; see EngineConfig. `embedding_cache` is the number of encoded prompts to keep. `revision` is a
     branch, tag or commit of the repository, `variant` one of the kinds of files in it, as "fp16"; `offline`, like
     HF_HUB_OFFLINE=1, takes files from the hub's local cache only. `refiner` is an SDXL refiner to load with an SDXL
-    model, for requests that say `refine`.
+    model, for requests that say `refine`. `controlnets` are ControlNets for requests that bring `control` pictures:
+    kinds ("canny") or names that `flux-engine models --all` lists, or {"canny": a file or repository}. `redux` is the
+    adapter for FLUX.1 that reads pictures as prompts.
     Raises UnknownModel, WeightsError, UnsupportedError or OutOfMemory; nothing stays loaded then.
     """
     config = EngineConfig.from_environment(
@@ -79,6 +85,8 @@ def load(
     found = find_model(_named(model), config, revision=revision, variant=variant, offline=offline)
     refining = None if refiner is None else find_model(_named(refiner), config, offline=offline, only=["unet"])
     refined(found.spec, refining.spec if refining else None)
+    nets = find_controlnets(controlnets, found.spec, config, offline=offline)
+    adapter = None if redux is None else find_redux(redux, config, offline=offline)
     with _memory_errors(f"loading {model}"):
         family = load_family(
             found.spec,
@@ -89,6 +97,11 @@ def load(
         )
         if refining and isinstance(family, SDXLFamily) and isinstance(refining.spec, SDXLSpec):
             family = family.with_refiner(refining.spec, refining.parts)
+        family = family.with_controlnets(nets)
+        if adapter is not None:
+            if not isinstance(family, FluxFamily):
+                raise InvalidRequest(f"redux: {family.spec.name} is no FLUX.1 model", field="redux")
+            family = family.with_redux(adapter)
     seconds = time.perf_counter() - began
     log.info("loaded %s on %s as %s in %.2f s", model, target, compute, seconds)
     return Engine(family, load_seconds=seconds)
@@ -156,6 +169,7 @@ class Engine:
             job=job,
             timings=output.timings,
             notes=(*job.notes, *output.notes),
+            controls=output.maps,
         )
 
     def load_textual_inversion(self, path: str | os.PathLike[str]) -> Inversion:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flux_engine.errors import UnknownModel, UnsupportedError, WeightsError, did_you_mean
+from flux_engine.errors import UnknownModel, WeightsError, did_you_mean
 from flux_engine.fetch import fetch
 from flux_engine.ledger import Ledger, Pin
 from flux_engine.specs import SPECS, ModelSpec
@@ -27,11 +27,11 @@ CHECKED_OUT = Path(__file__).parent.parent / "weights"
 KINDS = ("model", "controlnet", "vae", "lora", "adapter", "annotator", "safety checker")
 _REPOSITORY = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:/(?P<file>.+))?")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_KEYS: Mapping[str, type] = {
+_KEYS: Mapping[str, type | tuple[type, ...]] = {
     "kind": str, "family": str, "spec": str, "description": str, "licence": str, "source": str, "repository": str,
-    "base": str, "gated": bool, "files": dict,
+    "base": str, "gated": bool, "files": dict, "controls": (list, dict),
 }  # fmt: skip
-_FILE_KEYS: Mapping[str, type] = {
+_FILE_KEYS: Mapping[str, type | tuple[type, ...]] = {
     "path": str, "repository": str, "file": str, "revision": str, "sha256": str, "bytes": int,
 }  # fmt: skip
 """What a manifest may say, and of which type."""
@@ -94,6 +94,7 @@ class Manifest:
     kind: str
     family: str
     spec: str
+    """Of a ControlNet or adapter, that of the models it was made for."""
     description: str
     licence: str
     source: str
@@ -103,6 +104,8 @@ class Manifest:
     """Whether the hub asks for an account and a licence that was accepted."""
     files: Mapping[str, WeightFile]
     """Part, or part/file for a part that is a folder -> file."""
+    controls: Mapping[str, int | None]
+    """Of a ControlNet: kind of control picture -> the mode it is told, None where it knows one kind only."""
 
     @property
     def bytes(self) -> int | None:
@@ -113,19 +116,13 @@ class Manifest:
     def model_spec(self) -> ModelSpec:
         """The spec, under this model's name.
 
-        Raises UnknownModel for what is no model, UnsupportedError for one this version does not run, WeightsError if
-        the manifest names a spec that does not exist.
+        Raises UnknownModel for what is no model, WeightsError if the manifest names a spec that does not exist.
         """
         if self.kind != "model":
             raise UnknownModel(f"{self.name} is a {self.kind} and no model: load a model; see `flux-engine models`")
         if self.spec not in SPECS:
             raise WeightsError(f"{self.name}: its manifest names the spec {self.spec!r}; known are {', '.join(SPECS)}")
-        spec = replace(SPECS[self.spec], name=self.name)
-        if spec.needs_picture:
-            raise UnsupportedError(
-                f"{self.name} reads a picture beside the prompt, which a request of this version cannot give it"
-            )
-        return spec
+        return replace(SPECS[self.spec], name=self.name)
 
     def at(self, revision: str) -> Manifest:
         """The same with another revision of its own repository, of which nothing is known beforehand.
@@ -277,13 +274,14 @@ def _read(path: Path, root: Path) -> tuple[Manifest, str | None]:
             name=path.stem,
             kind=data.get("kind", "model"),
             family=data.get("family", "flux"),
-            spec=data["spec"] if data.get("kind", "model") == "model" else "",
+            spec=data["spec"] if data.get("kind", "model") == "model" else data.get("spec", ""),
             description=data["description"],
             licence=data["licence"],
             source=data["source"],
             repository=repository,
             gated=data.get("gated", False),
             files={name: _file(root, name, entry, repository) for name, entry in data["files"].items()},
+            controls=_controls(data.get("controls", ())),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{path} is not a manifest: {error!r}") from None
@@ -292,7 +290,14 @@ def _read(path: Path, root: Path) -> tuple[Manifest, str | None]:
     return manifest, data.get("base")
 
 
-def _check(said: Mapping[str, Any], keys: Mapping[str, type]) -> None:
+def _controls(said: Any) -> dict[str, int | None]:
+    """Kinds in a list, or with their modes in a table."""
+    if isinstance(said, dict):
+        return {str(kind): int(mode) for kind, mode in said.items()}
+    return {str(kind): None for kind in said}
+
+
+def _check(said: Mapping[str, Any], keys: Mapping[str, type | tuple[type, ...]]) -> None:
     """Raise ValueError for a key that is not known, which is mostly one misspelt, and for a value of another type."""
     for key, value in said.items():
         if key not in keys:

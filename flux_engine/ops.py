@@ -61,6 +61,12 @@ def gated_residual(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
     return out.clamp(-FP16_MAX, FP16_MAX) if out.dtype == torch.float16 else out
 
 
+def add_residual(x: Tensor, residual: Tensor) -> Tensor:
+    """`x + residual`, kept finite in float16 as `gated_residual` is. Both (B, L, D)."""
+    out = x + residual
+    return out.clamp(-FP16_MAX, FP16_MAX) if out.dtype == torch.float16 else out
+
+
 def gelu_tanh(x: Tensor) -> Tensor:
     """GELU in its tanh approximation, the one FLUX was trained with."""
     return F.gelu(x, approximate="tanh")

@@ -6,7 +6,7 @@ Nothing here needs torch: a request is validated before torch is imported.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import gcd
 
 from flux_engine.errors import WeightsError
@@ -16,11 +16,10 @@ Shapes = Mapping[str, Sequence[int]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FluxParams:
-    """Widths and depths of a FLUX.1 transformer. The defaults are FLUX.1 schnell's."""
+class FluxTrunkParams:
+    """What a FLUX.1 transformer and its ControlNets have in common. The defaults are FLUX.1 schnell's."""
 
     in_channels: int = 64
-    out_channels: int = 64
     vec_in_dim: int = 768
     context_in_dim: int = 4096
     hidden_size: int = 3072
@@ -39,58 +38,86 @@ class FluxParams:
                 f"hidden_size {self.hidden_size} over {self.num_heads} heads does not give axes_dim {self.axes_dim}"
             )
 
+
+@dataclass(frozen=True, kw_only=True)
+class FluxParams(FluxTrunkParams):
+    """Widths and depths of a FLUX.1 transformer. The defaults are FLUX.1 schnell's."""
+
+    out_channels: int = 64
+
     @classmethod
     def from_shapes(cls, shapes: Shapes) -> FluxParams:
         """Read every width and depth off a checkpoint with Black Forest Labs' key names.
 
         Raises WeightsError naming the first key that is missing.
         """
-        img_in = _shape(shapes, "img_in.weight")
-        hidden, in_channels = img_in[0], img_in[1]
-        head_dim = _shape(shapes, "double_blocks.0.img_attn.norm.query_norm.scale")[0]
-        # A head's width is split as FLUX splits 128: an eighth for the index, the rest for rows and columns.
-        index_dim = head_dim // 8
+        return cls(**vars(_trunk(shapes)), out_channels=_shape(shapes, "final_layer.linear.weight")[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class FluxControlNetParams(FluxTrunkParams):
+    """Widths and depths of a ControlNet for FLUX.1. The defaults are InstantX's canny's."""
+
+    depth: int = 5
+    depth_single_blocks: int = 0
+    guidance_embed: bool = True
+    hint_channels: int = 64
+    """Of the tokens that steer."""
+    hint_width: int = 0
+    """Of the convolutions that make those tokens of a picture, XLabs' way; 0 where they are a latent's."""
+    num_modes: int = 0
+    """How many kinds of hint one network tells apart (union); 0 for one that is not told."""
+
+    @classmethod
+    def of(cls, flux: FluxParams, *, depth: int, depth_single_blocks: int) -> FluxControlNetParams:
+        """One of this depth for this transformer."""
+        own = ("depth", "depth_single_blocks")
+        common = {f.name: getattr(flux, f.name) for f in fields(FluxTrunkParams) if f.name not in own}
+        return cls(**common, depth=depth, depth_single_blocks=depth_single_blocks)
+
+    @classmethod
+    def from_shapes(cls, shapes: Shapes) -> FluxControlNetParams:
+        """Read every width and depth off a checkpoint with Black Forest Labs' key names.
+
+        Raises WeightsError naming the first key that is missing.
+        """
         return cls(
-            in_channels=in_channels,
-            out_channels=_shape(shapes, "final_layer.linear.weight")[0],
-            vec_in_dim=_shape(shapes, "vector_in.in_layer.weight")[1],
-            context_in_dim=_shape(shapes, "txt_in.weight")[1],
-            hidden_size=hidden,
-            num_heads=hidden // head_dim,
-            mlp_ratio=_shape(shapes, "double_blocks.0.img_mlp.0.weight")[0] / hidden,
-            depth=count_of(shapes, "double_blocks."),
-            depth_single_blocks=count_of(shapes, "single_blocks."),
-            axes_dim=(
-                index_dim,
-                (head_dim - index_dim) // 2,
-                (head_dim - index_dim) // 2,
-            ),
-            guidance_embed="guidance_in.in_layer.weight" in shapes,
+            **vars(_trunk(shapes)),
+            hint_channels=_shape(shapes, "controlnet_x_embedder.weight")[1],
+            hint_width=shapes.get("input_hint_block.0.weight", (0,))[0],
+            num_modes=shapes.get("controlnet_mode_embedder.weight", (0,))[0],
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class UNetParams:
-    """Widths and depths of an SDXL UNet, the finest resolution first. The defaults are SDXL base's."""
+class UNetEncoderParams:
+    """What a UNet and its ControlNets have in common: all but the way up, the finest resolution first. The defaults
+    are SDXL base's."""
 
     in_channels: int = 4
     """4, or 9 for inpainting: latent, mask and masked picture."""
-    out_channels: int = 4
     block_out_channels: tuple[int, ...] = (320, 640, 1280)
-    transformer_depth: tuple[int, ...] = (0, 2, 10)
-    """Transformer blocks in each attention of a resolution."""
-    mid_depth: int = 10
     layers_per_block: int = 2
     head_dim: int = 64
     cross_attention_dim: int = 2048
     add_embed_dim: int = 2816
     """Width of the pooled text with the embedded sizes."""
     norm_groups: int = 32
-    guidance_embed: bool = False
 
     @property
     def time_embed_dim(self) -> int:
         return 4 * self.block_out_channels[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetParams(UNetEncoderParams):
+    """Widths and depths of an SDXL UNet. The defaults are SDXL base's."""
+
+    out_channels: int = 4
+    transformer_depth: tuple[int, ...] = (0, 2, 10)
+    """Transformer blocks in each attention of a resolution; 0 for one without."""
+    mid_depth: int = 10
+    guidance_embed: bool = False
 
     @classmethod
     def from_shapes(cls, shapes: Shapes) -> UNetParams:
@@ -99,21 +126,60 @@ class UNetParams:
 
         Raises WeightsError naming the first key that is missing.
         """
-        levels = count_of(shapes, "down_blocks.")
-        channels = tuple(_shape(shapes, f"down_blocks.{i}.resnets.0.conv1.weight")[0] for i in range(levels))
-        depth = tuple(count_of(shapes, f"down_blocks.{i}.attentions.0.transformer_blocks.") for i in range(levels))
+        found = _encoder(shapes, _shape(shapes, "mid_block.attentions.0.transformer_blocks.0.attn2.to_kv.weight")[1])
+        levels = range(len(found.block_out_channels))
         return cls(
-            in_channels=_shape(shapes, "conv_in.weight")[1],
+            **vars(found),
             out_channels=_shape(shapes, "conv_out.weight")[0],
-            block_out_channels=channels,
-            transformer_depth=depth,
+            transformer_depth=tuple(_depth(shapes, f"down_blocks.{i}.") or 0 for i in levels),
             mid_depth=count_of(shapes, "mid_block.attentions.0.transformer_blocks."),
-            layers_per_block=count_of(shapes, "down_blocks.0.resnets."),
-            head_dim=gcd(64, *channels),
-            cross_attention_dim=_shape(shapes, "mid_block.attentions.0.transformer_blocks.0.attn2.to_kv.weight")[1],
-            add_embed_dim=_shape(shapes, "add_embedding.linear_1.weight")[1],
-            norm_groups=gcd(32, *channels),
             guidance_embed="time_embedding.cond_proj.weight" in shapes,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetControlNetParams(UNetEncoderParams):
+    """Widths and depths of a ControlNet for SDXL's UNet. The defaults are those of a full one, whose encoder is SDXL
+    base's: the published "mid" has depths (None, 0, 1) and 1, "small" (None, None, None) and 0."""
+
+    transformer_depth: tuple[int | None, ...] = (None, 2, 10)
+    """Transformer blocks in each attention of a resolution: None where there is none, 0 for one of no blocks, which
+    still projects twice."""
+    mid_depth: int | None = 10
+    """The same of the middle, which is one residual block where there is no attention."""
+    conditioning_channels: int = 3
+    """Of the picture that steers."""
+    embedding_channels: tuple[int, ...] = (16, 32, 96, 256)
+    """Widths that the picture goes through, each but the first at half the resolution of the one before."""
+
+    @classmethod
+    def of(cls, unet: UNetParams) -> UNetControlNetParams:
+        """A full one for this UNet."""
+        return cls(
+            **{field.name: getattr(unet, field.name) for field in fields(UNetEncoderParams)},
+            transformer_depth=tuple(depth or None for depth in unet.transformer_depth),
+            mid_depth=unet.mid_depth,
+        )
+
+    @classmethod
+    def from_shapes(cls, shapes: Shapes) -> UNetControlNetParams:
+        """Read every width and depth off a checkpoint with diffusers' key names, q, k and v joined. What no shape tells
+        is SDXL's, as for the UNet; so is the width of the text for a network that does not read it.
+
+        Raises WeightsError naming the first key that is missing.
+        """
+        readers = (shape[1] for name, shape in shapes.items() if name.endswith(".attn2.to_kv.weight"))
+        found = _encoder(shapes, next(readers, cls.cross_attention_dim))
+        levels = range(len(found.block_out_channels))
+        hint = "controlnet_cond_embedding."
+        first = _shape(shapes, f"{hint}conv_in.weight")
+        steps = range(1, count_of(shapes, f"{hint}blocks."), 2)
+        return cls(
+            **vars(found),
+            transformer_depth=tuple(_depth(shapes, f"down_blocks.{i}.") for i in levels),
+            mid_depth=_depth(shapes, "mid_block."),
+            conditioning_channels=first[1],
+            embedding_channels=(first[0], *(_shape(shapes, f"{hint}blocks.{i}.weight")[0] for i in steps)),
         )
 
 
@@ -160,6 +226,23 @@ class VAEParams:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReduxParams:
+    """Widths of FLUX.1 Redux's adapter. The defaults are the published one's."""
+
+    in_dim: int = 1152
+    """Of what the vision tower gives."""
+    text_dim: int = 4096
+
+    @classmethod
+    def from_shapes(cls, shapes: Shapes) -> ReduxParams:
+        """Read off a checkpoint. Raises WeightsError for a key that is missing, or is no matrix."""
+        up, down = _shape(shapes, "redux_up.weight"), _shape(shapes, "redux_down.weight")
+        if len(up) != 2 or len(down) != 2:
+            raise WeightsError(f"'redux_up.weight' {list(up)} and 'redux_down.weight' {list(down)} are no matrices")
+        return cls(in_dim=up[1], text_dim=down[0])
+
+
+@dataclass(frozen=True, kw_only=True)
 class FlowSchedule:
     """FLUX's time shift: none for schnell, by the number of image tokens for dev.
 
@@ -187,6 +270,48 @@ class DiffusionSchedule:
     beta_start: float = 0.00085
     beta_end: float = 0.012
     num_train_timesteps: int = 1000
+
+
+def _trunk(shapes: Shapes) -> FluxTrunkParams:
+    """What a FLUX.1 transformer and a ControlNet tell alike."""
+    img_in = _shape(shapes, "img_in.weight")
+    hidden, in_channels = img_in[0], img_in[1]
+    head_dim = _shape(shapes, "double_blocks.0.img_attn.norm.query_norm.scale")[0]
+    # A head's width is split as FLUX splits 128: an eighth for the index, the rest for rows and columns.
+    index_dim = head_dim // 8
+    return FluxTrunkParams(
+        in_channels=in_channels,
+        vec_in_dim=_shape(shapes, "vector_in.in_layer.weight")[1],
+        context_in_dim=_shape(shapes, "txt_in.weight")[1],
+        hidden_size=hidden,
+        num_heads=hidden // head_dim,
+        mlp_ratio=_shape(shapes, "double_blocks.0.img_mlp.0.weight")[0] / hidden,
+        depth=count_of(shapes, "double_blocks."),
+        depth_single_blocks=count_of(shapes, "single_blocks."),
+        axes_dim=(index_dim, (head_dim - index_dim) // 2, (head_dim - index_dim) // 2),
+        guidance_embed="guidance_in.in_layer.weight" in shapes,
+    )
+
+
+def _encoder(shapes: Shapes, cross_attention_dim: int) -> UNetEncoderParams:
+    """What a UNet and a ControlNet tell alike."""
+    levels = count_of(shapes, "down_blocks.")
+    channels = tuple(_shape(shapes, f"down_blocks.{i}.resnets.0.conv1.weight")[0] for i in range(levels))
+    return UNetEncoderParams(
+        in_channels=_shape(shapes, "conv_in.weight")[1],
+        block_out_channels=channels,
+        layers_per_block=count_of(shapes, "down_blocks.0.resnets."),
+        head_dim=gcd(64, *channels),
+        cross_attention_dim=cross_attention_dim,
+        add_embed_dim=_shape(shapes, "add_embedding.linear_1.weight")[1],
+        norm_groups=gcd(32, *channels),
+    )
+
+
+def _depth(shapes: Shapes, block: str) -> int | None:
+    """Transformer blocks in each attention of a block, None if it has no attention."""
+    blocks = count_of(shapes, f"{block}attentions.0.transformer_blocks.")
+    return blocks if blocks or f"{block}attentions.0.norm.weight" in shapes else None
 
 
 def _shape(shapes: Shapes, key: str) -> Sequence[int]:

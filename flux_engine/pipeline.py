@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,8 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from flux_engine import images
+from flux_engine.conditions import build_condition, pasted_back
 from flux_engine.errors import NumericalError, RequestCancelled
-from flux_engine.families.base import Family, Stage
+from flux_engine.families.base import Family, Guide, Stage, Walk
+from flux_engine.models.layers import add_residuals
 from flux_engine.request import Job
 
 
@@ -51,6 +53,8 @@ class Output:
     pictures: list[Tensor]
     timings: dict[str, float]
     notes: list[str]
+    maps: tuple[Image.Image, ...] = ()
+    """The control pictures, as the networks read them."""
 
 
 class Pipeline:
@@ -73,23 +77,23 @@ class Pipeline:
         h, w = job.latent_size
 
         with clock("encode"):
-            stages = self.family.stages(job)
-            encoded = [stage.family.encode(job) for stage in stages]
-            statics = [
-                stage.family.statics(job, read, stage.schedule) for stage, read in zip(stages, encoded, strict=True)
-            ]
+            condition = build_condition(job, self.family)
+            stages = self.family.stages(job, condition)
+            encoded = [stage.family.encode(job, stage.condition) for stage in stages]
+            statics = [stage.family.statics(job, read, stage) for stage, read in zip(stages, encoded, strict=True)]
+            guides = [stage.family.guides(job, read, stage) for stage, read in zip(stages, encoded, strict=True)]
             notes = list(dict.fromkeys(note for read in encoded for note in read.notes))
 
         with clock("denoise"):
             total = sum(len(stage.schedule.timesteps) for stage in stages)
-            x: Tensor | None = None
+            walk: Walk | None = None
             done = 0
-            for stage, fixed in zip(stages, statics, strict=True):
+            for stage, fixed, guiding in zip(stages, statics, guides, strict=True):
                 watch = on_step and self._watching(on_step, stage, done, total, h, w)
-                x = self._denoise(stage, fixed, stage.begin(x), job.true_cfg_scale, watch, cancel)
+                walk = self._denoise(stage, fixed, guiding, stage.begin(walk), job.true_cfg_scale, watch, cancel)
                 done += len(stage.schedule.timesteps)
-            assert x is not None
-            latent = self.family.to_latent(x, h, w)
+            assert walk is not None
+            latent = self.family.to_latent(walk.x, h, w)
 
         with clock("decode"):
             if job.output_type == "latent":
@@ -100,33 +104,38 @@ class Pipeline:
                 pictures = []
                 for one in latent.split(1):
                     check_cancelled(cancel)
-                    pictures.append(self._decode(one, notes))
-        return Output(pictures, clock.seconds, notes)
+                    pictures.append(pasted_back(self._decode(one, notes), job.inputs))
+        return Output(pictures, clock.seconds, notes, condition.maps)
 
     def _denoise(
         self,
         stage: Stage,
         statics: Any,
-        x: Tensor,
+        guides: Sequence[Guide],
+        walk: Walk,
         scale: float,
         watch: Watch | None,
         cancel: threading.Event | None,
-    ) -> Tensor:
-        """Walk the timesteps of a stage. x float32."""
-        net, schedule = stage.family.net, stage.schedule
+    ) -> Walk:
+        """Walk the timesteps of a stage."""
+        net, schedule, x = stage.family.net, stage.schedule, walk.x
         for call in range(len(schedule.timesteps)):
             check_cancelled(cancel)
             seen = schedule.input(x, call)
+            rows = seen if scale == 1.0 else torch.cat((seen, seen))
+            added = add_residuals([r for guide in guides if (r := guide.residuals(rows, call)) is not None])
+            # What the network says of tokens that it reads behind the picture's own is of no use.
+            prediction = net(stage.feed(rows), call, statics, added or None)[:, : x.shape[1]]
             if scale != 1.0:
-                negative, positive = net(torch.cat((seen, seen)), call, statics).float().chunk(2)
+                negative, positive = prediction.float().chunk(2)
                 prediction = negative + scale * (positive - negative)
-            else:
-                prediction = net(seen, call, statics)
             foreseen = schedule.foreseen(prediction, call, x) if watch else x
             x = schedule.step(prediction, call, x)
+            if stage.known:
+                x = stage.known.put_back(x, walk.noise, schedule, call + 1)
             if watch:
                 watch(call, foreseen)
-        return x
+        return Walk(x, walk.noise)
 
     def _watching(self, on_step: OnStep, stage: Stage, done: int, total: int, h: int, w: int) -> Watch:
         times = stage.schedule.times

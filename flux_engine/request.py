@@ -7,28 +7,29 @@ into `Job.notes`; with `strict=True` a change is refused instead.
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from flux_engine.checks import check_text, integer, number, pair
 from flux_engine.errors import InvalidRequest, did_you_mean
+from flux_engine.inputs import Inputs, PictureFields, following
 from flux_engine.specs import LCM_STEPS, REFINER_STRENGTH, SCHEDULERS, ModelSpec, SDXLSpec
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 RefineMode = Literal["expert_ensemble_refiner", "base_image_refiner"]
 NO_REFINER = "no_refiner"
 
+MATCH_INPUT_IMAGE = "match_input_image"
+"""What aspect_ratio also may say: as the picture that comes with the request, which is the default."""
 MAX_SEED = 2**64 - 1
 MAX_OUTPUTS = 64
 """Most pictures one request may hold, prompts times num_outputs: a guard against a slip of the keyboard."""
-MAX_PROMPT_CHARACTERS = 100_000
-MAX_SIDE_TOLD = 65_536
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class Request(PictureFields):
     """A wish for pictures. Only `prompt` is required; None means the model's default."""
 
     prompt: str | Sequence[str]
@@ -80,7 +81,7 @@ class Request:
         """Check every field against the model and fill in the defaults. Raises InvalidRequest, or returns the Job."""
         notes: list[str] = []
         prompts = _prompts(self.prompt)
-        num_outputs = _integer("num_outputs", self.num_outputs, 1, MAX_OUTPUTS)
+        num_outputs = integer("num_outputs", self.num_outputs, 1, MAX_OUTPUTS)
         total = len(prompts) * num_outputs
         if total > MAX_OUTPUTS:
             raise InvalidRequest(
@@ -88,18 +89,21 @@ class Request:
                 f"at most {MAX_OUTPUTS} fit one request, send several",
                 field="num_outputs",
             )
-        width, height = self._size(spec, notes)
+        brought = self._pictures(spec, notes)
+        leading = brought.leading.size if brought and brought.leading else None
+        width, height = self._size(spec, leading, notes)
+        inputs = brought.at((width, height), spec, notes) if brought else Inputs()
         steps = (
             spec.num_inference_steps
             if self.num_inference_steps is None
-            else _integer(
+            else integer(
                 "num_inference_steps",
                 self.num_inference_steps,
                 1,
                 spec.max_inference_steps,
             )
         )
-        seed = secrets.randbits(32) if self.seed is None else _integer("seed", self.seed, 0, MAX_SEED)
+        seed = secrets.randbits(32) if self.seed is None else integer("seed", self.seed, 0, MAX_SEED)
         if self.output_type not in get_args(OutputType):
             raise InvalidRequest(
                 f"output_type {self.output_type!r} is not one of {', '.join(get_args(OutputType))}",
@@ -124,6 +128,7 @@ class Request:
             scheduler=scheduler,
             refine=refine,
             told=told,
+            inputs=inputs,
             prompt_weights=self.prompt_weights,
             prompt_chunks=self.prompt_chunks,
             output_type=self.output_type,
@@ -131,13 +136,18 @@ class Request:
             notes=tuple(notes),
         )
 
-    def _size(self, spec: ModelSpec, notes: list[str]) -> tuple[int, int]:
+    def _size(self, spec: ModelSpec, leading: tuple[int, int] | None, notes: list[str]) -> tuple[int, int]:
+        """(width, height), after the `leading` picture if nothing is said."""
         sizes = spec.sizes
         if self.width is None and self.height is None:
-            return sizes.named(
-                "1:1" if self.aspect_ratio is None else self.aspect_ratio,
-                _text_of(self.megapixels),
-            )
+            ratio, megapixels = self.aspect_ratio, _text_of(self.megapixels)
+            if ratio in (None, MATCH_INPUT_IMAGE) and leading is not None:
+                if self.resize == "none":
+                    return self._checked_size(spec, *leading, [])
+                return following(leading, sizes, megapixels)
+            if ratio == MATCH_INPUT_IMAGE:
+                raise InvalidRequest(f"aspect_ratio {ratio!r}: there is no picture to match", field="aspect_ratio")
+            return sizes.named("1:1" if ratio is None else ratio, megapixels)
         if self.width is None or self.height is None:
             missing = "width" if self.width is None else "height"
             raise InvalidRequest(
@@ -147,9 +157,13 @@ class Request:
         if self.aspect_ratio is not None or self.megapixels is not None:
             name = "aspect_ratio" if self.aspect_ratio is not None else "megapixels"
             raise InvalidRequest(f"{name} and width/height exclude each other: give one", field=name)
+        return self._checked_size(spec, self.width, self.height, notes)
+
+    def _checked_size(self, spec: ModelSpec, width: object, height: object, notes: list[str]) -> tuple[int, int]:
+        sizes = spec.sizes
         sides: list[int] = []
-        for name, value in (("width", self.width), ("height", self.height)):
-            asked = _integer(name, value, sizes.min_side, sizes.max_side)
+        for name, value in (("width", width), ("height", height)):
+            asked = integer(name, value, sizes.min_side, sizes.max_side)
             side = -(-asked // sizes.multiple) * sizes.multiple
             if side != asked:
                 notes.append(f"{name} {asked} rounded up to {side}, a multiple of {sizes.multiple}")
@@ -164,9 +178,9 @@ class Request:
 
     def _guidance(self, spec: ModelSpec, notes: list[str]) -> tuple[float | None, float]:
         """The embedded guidance scale, and the scale of classifier-free guidance."""
-        _check_text("negative_prompt", self.negative_prompt)
-        asked = None if self.guidance_scale is None else _number("guidance_scale", self.guidance_scale, 0, 100)
-        true = None if self.true_cfg_scale is None else _number("true_cfg_scale", self.true_cfg_scale, 1, 100)
+        check_text("negative_prompt", self.negative_prompt)
+        asked = None if self.guidance_scale is None else number("guidance_scale", self.guidance_scale, 0, 100)
+        true = None if self.true_cfg_scale is None else number("true_cfg_scale", self.true_cfg_scale, 1, 100)
         embedded = None
         if spec.guidance_scale is None:
             if asked is not None:
@@ -208,9 +222,9 @@ class Request:
         modes = (NO_REFINER, *get_args(RefineMode))
         if mode not in modes:
             raise InvalidRequest(f"refine {mode!r} is not one of {', '.join(modes)}", field="refine")
-        fraction = 0.8 if self.high_noise_frac is None else _number("high_noise_frac", self.high_noise_frac, 0, 1)
+        fraction = 0.8 if self.high_noise_frac is None else number("high_noise_frac", self.high_noise_frac, 0, 1)
         asked = self.refine_steps
-        refine_steps = steps if asked is None else _integer("refine_steps", asked, 1, spec.max_inference_steps)
+        refine_steps = steps if asked is None else integer("refine_steps", asked, 1, spec.max_inference_steps)
         given = {"high_noise_frac": self.high_noise_frac, "refine_steps": asked}
         refiner = spec.refiner if isinstance(spec, SDXLSpec) else None
         if refiner is None:
@@ -237,7 +251,7 @@ class Request:
         for name in ("prompt_weights", "prompt_chunks"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidRequest(f"{name} {getattr(self, name)!r} is neither True nor False", field=name)
-        original, crop, target = (_pair(name, getattr(self, name)) for name in pairs)
+        original, crop, target = (pair(name, getattr(self, name)) for name in pairs)
         return SizesTold(original or (height, width), crop or (0, 0), target or (height, width))
 
 
@@ -279,6 +293,7 @@ class Job:
     scheduler: str | None = None
     refine: Refine | None = None
     told: SizesTold | None = None
+    inputs: Inputs = field(default_factory=Inputs, repr=False)
     prompt_weights: bool = False
     prompt_chunks: bool = False
     output_type: OutputType = "pil"
@@ -307,55 +322,12 @@ def _prompts(prompt: object) -> list[str]:
     for one in prompts:
         if not isinstance(one, str):
             raise InvalidRequest(f"prompt holds a {type(one).__name__}, not a string", field="prompt")
-        _check_text("prompt", one)
+        check_text("prompt", one)
         checked.append(one)
     return checked
-
-
-def _check_text(name: str, text: object) -> None:
-    if text is None:
-        return
-    if not isinstance(text, str):
-        raise InvalidRequest(f"{name} is a {type(text).__name__}, not a string", field=name)
-    if len(text) > MAX_PROMPT_CHARACTERS:
-        raise InvalidRequest(
-            f"{name} has {len(text):,} characters; at most {MAX_PROMPT_CHARACTERS:,} are read",
-            field=name,
-        )
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidRequest(f"{name} is not valid Unicode: {error.reason} at {error.start}", field=name) from None
 
 
 def _text_of(megapixels: object) -> str | None:
     """0.25 is as good as "0.25"."""
     number = isinstance(megapixels, int | float) and not isinstance(megapixels, bool)
     return f"{megapixels:g}" if number else megapixels  # pyright: ignore[reportReturnType]
-
-
-def _pair(name: str, value: object) -> tuple[int, int] | None:
-    if value is None:
-        return None
-    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
-        raise InvalidRequest(f"{name} {value!r} is not a pair of integers", field=name)
-    return _integer(name, value[0], 0, MAX_SIDE_TOLD), _integer(name, value[1], 0, MAX_SIDE_TOLD)
-
-
-def _integer(name: str, value: object, low: int, high: int) -> int:
-    """Accepts what stands for an integer (numpy's, too) and nothing that only looks like one (True, 3.5, "3")."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise InvalidRequest(f"{name} {value!r} is not an integer", field=name)
-    number = value.__index__()  # pyright: ignore[reportAttributeAccessIssue]
-    if not low <= number <= high:
-        raise InvalidRequest(f"{name} {number} is outside {low} to {high}", field=name)
-    return number
-
-
-def _number(name: str, value: object, low: float, high: float) -> float:
-    if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
-        raise InvalidRequest(f"{name} {value!r} is not a number", field=name)
-    number = float(value)  # pyright: ignore[reportArgumentType]
-    if not math.isfinite(number) or not low <= number <= high:
-        raise InvalidRequest(f"{name} {number} is outside {low:g} to {high:g}", field=name)
-    return number

@@ -27,6 +27,8 @@ class Result:
     """Seconds in each stage: encode, denoise, decode."""
     notes: tuple[str, ...]
     """What was adjusted: a size off the grid, a prompt that was cut, an option the model does not have."""
+    controls: tuple[Image.Image, ...] = ()
+    """The control pictures that the networks read, as the preprocessors made them."""
 
     @property
     def image(self) -> Any:
@@ -62,6 +64,8 @@ class Result:
         }
         if job.guidance_scale is not None:
             facts["Distilled CFG Scale"] = f"{job.guidance_scale:g}"
+        if job.inputs.image is not None:
+            facts["Denoising strength"] = f"{job.inputs.strength:g}"
         facts |= {
             "Seed": job.seeds[index],
             "Size": f"{job.width}x{job.height}",

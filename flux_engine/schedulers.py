@@ -32,6 +32,14 @@ class Schedule(Protocol):
         """The same in [0, 1], 1 for noise: for callbacks."""
         ...
 
+    def from_noise(self, noise: Tensor) -> Tensor:
+        """Standard normal noise as the first latent."""
+        ...
+
+    def at(self, latent: Tensor, noise: Tensor, call: int) -> Tensor:
+        """A latent with as much noise as there is before call number `call`; after the last call there is none."""
+        ...
+
     def input(self, x: Tensor, call: int) -> Tensor:
         """x as the network reads it."""
         ...
@@ -53,7 +61,7 @@ class FlowMatchEuler:
     """
 
     sigmas: tuple[float, ...]
-    """Falling from 1 to 0, one more than there are network calls."""
+    """Falling to 0, one more than there are network calls."""
 
     @property
     def timesteps(self) -> tuple[float, ...]:
@@ -63,6 +71,13 @@ class FlowMatchEuler:
     @property
     def times(self) -> tuple[float, ...]:
         return self.timesteps
+
+    def from_noise(self, noise: Tensor) -> Tensor:
+        return noise
+
+    def at(self, latent: Tensor, noise: Tensor, call: int) -> Tensor:
+        sigma = self.sigmas[call]
+        return sigma * noise + (1 - sigma) * latent
 
     def input(self, x: Tensor, call: int) -> Tensor:
         return x
@@ -74,14 +89,17 @@ class FlowMatchEuler:
         return x - self.sigmas[call] * prediction.float()
 
 
-def flow_match_euler(params: FlowSchedule, num_inference_steps: int, image_tokens: int) -> FlowMatchEuler:
-    """Evenly spaced times, shifted towards noise the more image tokens there are, where the model wants that."""
+def flow_match_euler(
+    params: FlowSchedule, num_inference_steps: int, image_tokens: int, strength: float = 1.0
+) -> FlowMatchEuler:
+    """Evenly spaced times, shifted towards noise the more image tokens there are, where the model wants that; of them
+    the last `strength`, as diffusers counts them."""
     times = [1 - i / num_inference_steps for i in range(num_inference_steps + 1)]
     if params.shifted:
         slope = (params.max_shift - params.base_shift) / (params.max_tokens - params.base_tokens)
         mu = params.base_shift + slope * (image_tokens - params.base_tokens)
         times = [math.exp(mu) / (math.exp(mu) + (1 / t - 1)) if t > 0 else 0.0 for t in times]
-    return FlowMatchEuler(tuple(times))
+    return FlowMatchEuler(tuple(times[int(num_inference_steps - num_inference_steps * strength) :]))
 
 
 def scheduler_config(params: DiffusionSchedule, name: str) -> dict[str, Any]:
@@ -157,19 +175,21 @@ class Diffusers:
 
     def stop_at(self, fraction: float) -> None:
         """Leave the rest to another model: its timesteps lie below `fraction` of the way."""
-        self._end = sum(t >= self._timestep(fraction) for t in self.timesteps)
+        self._end = self._begin + sum(t >= self._timestep(fraction) for t in self.timesteps)
 
     def start_at(self, fraction: float) -> None:
         """Go on from where `stop_at` of the same fraction ended."""
-        left = sum(t < self._timestep(fraction) for t in self.timesteps)
+        left = sum(t < self._timestep(fraction) for t in self._scheduler.timesteps.tolist())
         if self._scheduler.order == 2 and left % 2 == 0 and left:
             left += 1  # Heun visits all but the first timestep twice: not to begin between the two
-        self._start(len(self._scheduler.timesteps) - left)
+        self._start(max(self._begin, len(self._scheduler.timesteps) - left))
 
     def start_with(self, strength: float) -> None:
         """Walk the last `strength` of the steps only."""
         steps = self._scheduler.num_inference_steps
-        self._start((steps - min(int(steps * strength), steps)) * self._scheduler.order)
+        walked = min(int(steps * strength), steps)
+        # PNDM has one call more than steps, which is not to be left over where there is no step.
+        self._start((steps - walked) * self._scheduler.order if walked else self._end)
 
     def _start(self, index: int) -> None:
         self._begin = min(index, self._end)
@@ -177,13 +197,13 @@ class Diffusers:
             self._scheduler.set_begin_index(self._begin)
 
     def from_noise(self, noise: Tensor) -> Tensor:
-        """Standard normal noise (B, C, h, w) as the first latent."""
         return noise * float(self._scheduler.init_noise_sigma)
 
-    def from_latent(self, latent: Tensor, noise: Tensor) -> Tensor:
-        """A latent with as much noise as there is at the first timestep."""
-        first = self._scheduler.timesteps[self._begin : self._begin + 1]
-        return self._scheduler.add_noise(latent, noise, first.to(latent.device))
+    def at(self, latent: Tensor, noise: Tensor, call: int) -> Tensor:
+        here = self._begin + call
+        if here >= len(self._scheduler.timesteps):
+            return latent
+        return self._scheduler.add_noise(latent, noise, self._scheduler.timesteps[here : here + 1].to(latent.device))
 
     def input(self, x: Tensor, call: int) -> Tensor:
         return self._scheduler.scale_model_input(x, self._scheduler.timesteps[self._begin + call])

@@ -6,11 +6,10 @@ never a model for its name. Nothing here needs torch: a request is validated bef
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from flux_engine.errors import InvalidRequest
 from flux_engine.params import DiffusionSchedule, FlowSchedule, FluxParams, UNetParams, VAEParams
@@ -32,7 +31,33 @@ PUBLISHED_SIZES: Mapping[str, tuple[int, int]] = MappingProxyType(
 )
 """Aspect ratio -> (width, height) at one megapixel, as the hosted FLUX models publish them."""
 
+KONTEXT_RATIOS: Mapping[str, tuple[int, int]] = MappingProxyType(
+    {
+        "1:1": (1024, 1024),
+        "16:9": (1328, 800),
+        "21:9": (1568, 672),
+        "3:2": (1248, 832),
+        "2:3": (832, 1248),
+        "4:5": (944, 1104),
+        "5:4": (1104, 944),
+        "3:4": (880, 1184),
+        "4:3": (1184, 880),
+        "9:16": (800, 1328),
+        "9:21": (672, 1568),
+    }
+)
+"""The same, as FLUX.1 Kontext has it."""
+
 MEGAPIXELS = ("1", "0.25")
+MATCH_INPUT = "match_input"
+"""What megapixels also may say where the size follows a picture's area: as large as the picture."""
+
+Follow = Literal["within", "area", "preferred"]
+"""How a picture's size becomes the model's: scaled down to the longest side and rounded; scaled to the megapixels asked
+for and rounded down (FLUX.1 Fill, Canny and Depth); the trained size that is nearest in shape (Kontext)."""
+Reads = Literal["nothing", "fill", "structure", "reference"]
+"""What a network reads beside the latent: a picture with a hole and the hole's mask; a control picture; a picture that
+is to be changed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +73,19 @@ class SizeTable:
     min_side: int = 128
     max_side: int = 2048
     max_pixels: int = 2048 * 2048
+    follow: Follow = "within"
+    """How a size follows that of a picture which comes with the request, if it says none itself."""
+    follow_limit: int = 1440
+    """Longest side that follows a picture, before the divisor."""
+    ratios: Mapping[str, tuple[int, int]] = field(default_factory=lambda: PUBLISHED_SIZES)
+    """Aspect ratio -> (width, height) at one megapixel."""
 
     def named(self, aspect_ratio: str, megapixels: str | None = None) -> tuple[int, int]:
         """(width, height) of a published aspect ratio. Raises InvalidRequest for a name that is not in the table."""
         megapixels = self.classes[0] if megapixels is None else megapixels
-        if aspect_ratio not in PUBLISHED_SIZES:
+        if aspect_ratio not in self.ratios:
             raise InvalidRequest(
-                f"aspect_ratio {aspect_ratio!r} is not one of {', '.join(PUBLISHED_SIZES)}; "
+                f"aspect_ratio {aspect_ratio!r} is not one of {', '.join(self.ratios)}; "
                 "for another size give width and height",
                 field="aspect_ratio",
             )
@@ -64,7 +95,7 @@ class SizeTable:
                 field="megapixels",
             )
         divisor = self.divisor * (1 if megapixels == "1" else 2)
-        width, height = PUBLISHED_SIZES[aspect_ratio]
+        width, height = self.ratios[aspect_ratio]
         return self._round(width / divisor), self._round(height / divisor)
 
     def _round(self, side: float) -> int:
@@ -72,7 +103,22 @@ class SizeTable:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSpec(ABC):
+class ControlNetSpec:
+    """A ControlNet that was loaded."""
+
+    name: str
+    kinds: Mapping[str, int | None]
+    """Kind of control picture -> the mode it is told, None for a network of one kind."""
+
+
+UNION_MODES: Mapping[str, int] = MappingProxyType(
+    {"canny": 0, "tile": 1, "depth": 2, "blur": 3, "pose": 4, "gray": 5, "low_quality": 6}
+)
+"""Kind of control picture -> what a union ControlNet for FLUX.1 is told (InstantX/FLUX.1-dev-Controlnet-Union)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
     """Everything about a model that is not its weights."""
 
     family: ClassVar[str]
@@ -88,11 +134,17 @@ class ModelSpec(ABC):
     """Whether the network reads the guidance scale; else it is that of classifier-free guidance."""
     true_cfg_scale: float = 1.0
     """Default scale of classifier-free guidance when a negative prompt is given, where `guidance_scale` is not it."""
+    reads: Reads = "nothing"
+    structure: str = ""
+    """Which control picture it is, where the network reads one: "canny", "depth"."""
+    controlnets: tuple[ControlNetSpec, ...] = ()
+    """Those that were loaded with it."""
 
     @property
-    @abstractmethod
-    def needs_picture(self) -> bool:
-        """Whether the network reads a picture beside the latent."""
+    def controls(self) -> tuple[str, ...]:
+        """The kinds of control picture that a request may bring."""
+        own = (self.structure,) if self.reads == "structure" else ()
+        return own + tuple(dict.fromkeys(kind for net in self.controlnets for kind in net.kinds))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,10 +156,8 @@ class FluxSpec(ModelSpec):
     schedule: FlowSchedule
     max_sequence_length: int
     """T5 tokens a prompt is padded or cut to."""
-
-    @property
-    def needs_picture(self) -> bool:
-        return self.transformer.in_channels != 4 * self.vae.latent_channels
+    image_prompts: bool = False
+    """Whether Redux was loaded with it, which reads pictures as prompts."""
 
 
 @dataclass(frozen=True)
@@ -158,10 +208,6 @@ class SDXLSpec(ModelSpec):
     refiner: SDXLSpec | None = None
     """The refiner that was loaded with it."""
 
-    @property
-    def needs_picture(self) -> bool:
-        return self.unet.in_channels != self.vae.latent_channels
-
 
 def refined(spec: ModelSpec, refiner: ModelSpec | None) -> ModelSpec:
     """A model's spec with its refiner's, if there is one.
@@ -209,15 +255,26 @@ FLUX_FILL = replace(
     name="flux-fill-dev",
     transformer=FluxParams(guidance_embed=True, in_channels=384),
     guidance_scale=30.0,
+    reads="fill",
+    sizes=SizeTable(follow="area"),
 )
 FLUX_CANNY = replace(
     FLUX_DEV,
     name="flux-canny-dev",
     transformer=FluxParams(guidance_embed=True, in_channels=128),
     guidance_scale=30.0,
+    reads="structure",
+    structure="canny",
+    sizes=SizeTable(follow="area"),
 )
-FLUX_DEPTH = replace(FLUX_CANNY, name="flux-depth-dev", guidance_scale=10.0)
-FLUX_KONTEXT = replace(FLUX_DEV, name="flux-kontext-dev", guidance_scale=2.5)
+FLUX_DEPTH = replace(FLUX_CANNY, name="flux-depth-dev", guidance_scale=10.0, structure="depth")
+FLUX_KONTEXT = replace(
+    FLUX_DEV,
+    name="flux-kontext-dev",
+    guidance_scale=2.5,
+    reads="reference",
+    sizes=SizeTable(follow="preferred", ratios=KONTEXT_RATIOS, classes=("1",)),
+)
 
 # Draws at a quarter of the published sizes: 1:1 is 256 px at one megapixel, 128 px at a quarter of it.
 DEMO_DEV = replace(
@@ -252,7 +309,7 @@ SDXL = SDXLSpec(
     unet=UNetParams(),
     vae=VAEParams(latent_channels=4, scaling_factor=0.13025, shift_factor=0.0, quant_conv=True, force_upcast=True),
     schedule=DiffusionSchedule(),
-    sizes=SizeTable(multiple=8, classes=("1",)),
+    sizes=SizeTable(multiple=8, classes=("1",), follow_limit=2048),
     num_inference_steps=50,
     guidance_scale=7.5,
     guidance_embedded=False,
@@ -270,7 +327,7 @@ SDXL_REFINER = replace(
     zero_negative=False,
     aesthetic_score=True,
 )
-SDXL_INPAINTING = replace(SDXL, name="sdxl-inpainting", unet=UNetParams(in_channels=9))
+SDXL_INPAINTING = replace(SDXL, name="sdxl-inpainting", unet=UNetParams(in_channels=9), reads="fill")
 # Draws 512 px squares from pure noise in one to four steps, without guidance (arXiv 2311.17042).
 SDXL_TURBO = replace(
     SDXL,
@@ -317,7 +374,7 @@ DEMO_SDXL = replace(
         latent_channels=4, channels=16, norm_groups=8, scaling_factor=0.24, shift_factor=0.0, quant_conv=True
     ),
     schedule=DiffusionSchedule(prediction_type="v_prediction"),
-    sizes=replace(DEMO_DEV.sizes, multiple=8, classes=("1",)),
+    sizes=replace(DEMO_DEV.sizes, multiple=8, classes=("1",), follow_limit=2048),
     zero_negative=False,
     num_inference_steps=25,
     guidance_scale=3.0,

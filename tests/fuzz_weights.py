@@ -13,6 +13,7 @@ import struct
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,17 @@ FOLDER = Path(tempfile.mkdtemp())
 def seeds() -> list[bytes]:
     """Small files of each kind."""
     from flux_engine.checkpoints.keys import to_theirs
-    from flux_engine.checkpoints.tables import FLUX_DIFFUSERS, vae_diffusers
+    from flux_engine.checkpoints.tables import FLUX_CONTROLNET_XLABS, FLUX_DIFFUSERS, vae_diffusers
     from flux_engine.models.flux import Flux
+    from flux_engine.models.flux_controlnet import FluxControlNet
     from flux_engine.models.vae import AutoEncoder
-    from flux_engine.params import FluxParams, VAEParams
+    from flux_engine.params import FluxControlNetParams, FluxParams, VAEParams
 
     params = FluxParams(hidden_size=16, num_heads=1, depth=1, depth_single_blocks=1, axes_dim=(2, 6, 8), in_channels=8,
                         out_channels=8, context_in_dim=4, vec_in_dim=4)  # fmt: skip
     flux = {name: tensor.bfloat16() for name, tensor in Flux(params).state_dict().items()}
+    control = FluxControlNetParams.of(params, depth=1, depth_single_blocks=0)
+    control = FluxControlNet(replace(control, hint_width=2, hint_channels=8, num_modes=2)).state_dict()
     vae = AutoEncoder(VAEParams(channels=4, norm_groups=4, channel_multipliers=(1, 2), latent_channels=2)).state_dict()
     clip = {
         "transformer.resblocks.0.attn.in_proj_weight": torch.zeros(12, 4),
@@ -50,6 +54,7 @@ def seeds() -> list[bytes]:
             flux,
             {f"model.diffusion_model.{name}": tensor for name, tensor in flux.items()} | clip,
             to_theirs(flux, FLUX_DIFFUSERS, width=16),
+            to_theirs(control, FLUX_CONTROLNET_XLABS),
             vae,
             to_theirs(vae, vae_diffusers(2)),
             {"transformer.a.lora_A.weight": torch.zeros(1, 1)},

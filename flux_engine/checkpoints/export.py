@@ -21,18 +21,31 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flux_engine.checkpoints.keys import to_theirs
 from flux_engine.checkpoints.tables import (
+    FLUX_CONTROLNET_DIFFUSERS,
     FLUX_DIFFUSERS,
     clip_open_clip,
     published_clip,
+    unet_controlnet_diffusers,
     unet_diffusers,
     unet_sgm,
     vae_diffusers,
 )
 from flux_engine.errors import OutputError, WeightsError
 from flux_engine.models.flux import Flux
+from flux_engine.models.flux_controlnet import FluxControlNet
 from flux_engine.models.unet import UNet
+from flux_engine.models.unet_controlnet import UNetControlNet
 from flux_engine.models.vae import AutoEncoder
-from flux_engine.params import FlowSchedule, FluxParams, UNetParams, VAEParams
+from flux_engine.params import (
+    FlowSchedule,
+    FluxControlNetParams,
+    FluxParams,
+    FluxTrunkParams,
+    UNetControlNetParams,
+    UNetEncoderParams,
+    UNetParams,
+    VAEParams,
+)
 
 
 def flux_tensors(net: Flux) -> dict[str, Tensor]:
@@ -50,8 +63,32 @@ def flux_config(params: FluxParams) -> dict[str, Any]:
     return {
         "_class_name": "FluxTransformer2DModel",
         "patch_size": 1,
-        "in_channels": params.in_channels,
         "out_channels": params.out_channels,
+        **_flux_trunk(params),
+    }
+
+
+def flux_controlnet_tensors(net: FluxControlNet) -> dict[str, Tensor]:
+    """The ControlNet's tensors under diffusers' names."""
+    return to_theirs(net.state_dict(), FLUX_CONTROLNET_DIFFUSERS, width=net.params.hidden_size)
+
+
+def flux_controlnet_config(params: FluxControlNetParams) -> dict[str, Any]:
+    """What diffusers' FluxControlNetModel is made from. Its hint is as wide as its latent."""
+    if params.hint_channels != params.in_channels or params.hint_width not in (0, 16):
+        raise WeightsError("diffusers has no ControlNet for FLUX with a hint of another width than its latent's")
+    return {
+        "_class_name": "FluxControlNetModel",
+        "patch_size": 2 if params.hint_width else 1,
+        "num_mode": params.num_modes or None,
+        "conditioning_embedding_channels": params.hint_channels // 4 if params.hint_width else None,
+        **_flux_trunk(params),
+    }
+
+
+def _flux_trunk(params: FluxTrunkParams) -> dict[str, Any]:
+    return {
+        "in_channels": params.in_channels,
         "num_layers": params.depth,
         "num_single_layers": params.depth_single_blocks,
         "attention_head_dim": params.hidden_size // params.num_heads,
@@ -104,20 +141,47 @@ def unet_tensors(net: UNet) -> dict[str, Tensor]:
 
 
 def unet_config(params: UNetParams) -> dict[str, Any]:
-    """What diffusers' UNet2DConditionModel is made from. It counts heads and calls that their width."""
-    *depths, last = params.transformer_depth
-    if last not in (0, params.mid_depth):
-        raise WeightsError(f"diffusers has no UNet that is {last} deep at its coarsest and {params.mid_depth} below it")
-    kinds = ["CrossAttn" if depth else "" for depth in params.transformer_depth]
+    """What diffusers' UNet2DConditionModel is made from."""
+    depths = [depth or None for depth in params.transformer_depth]
     return {
         "_class_name": "UNet2DConditionModel",
-        "in_channels": params.in_channels,
         "out_channels": params.out_channels,
+        "up_block_types": [f"{'' if depth is None else 'CrossAttn'}UpBlock2D" for depth in reversed(depths)],
+        "time_cond_proj_dim": 256 if params.guidance_embed else None,
+        **_unet_encoder(params, depths, params.mid_depth),
+    }
+
+
+def unet_controlnet_tensors(net: UNetControlNet) -> dict[str, Tensor]:
+    """The ControlNet's tensors under diffusers' names."""
+    attention = [depth is not None for depth in net.params.transformer_depth]
+    hints = 2 * len(net.params.embedding_channels)
+    return to_theirs(net.state_dict(), unet_controlnet_diffusers(attention, hints))
+
+
+def unet_controlnet_config(params: UNetControlNetParams) -> dict[str, Any]:
+    """What diffusers' ControlNetModel is made from."""
+    return {
+        "_class_name": "ControlNetModel",
+        "mid_block_type": "UNetMidBlock2D" if params.mid_depth is None else "UNetMidBlock2DCrossAttn",
+        "conditioning_channels": params.conditioning_channels,
+        "conditioning_embedding_out_channels": list(params.embedding_channels),
+        **_unet_encoder(params, params.transformer_depth, params.mid_depth),
+    }
+
+
+def _unet_encoder(params: UNetEncoderParams, depths: Sequence[int | None], mid_depth: int | None) -> dict[str, Any]:
+    """What both have in common. diffusers counts heads and calls that their width."""
+    *above, last = depths
+    if None not in (last, mid_depth) and last != mid_depth:
+        raise WeightsError(f"diffusers has no network that is {last} deep at its coarsest and {mid_depth} below it")
+    coarsest = mid_depth if last is None else last
+    return {
+        "in_channels": params.in_channels,
         "block_out_channels": list(params.block_out_channels),
-        "down_block_types": [f"{kind}DownBlock2D" for kind in kinds],
-        "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(kinds)],
+        "down_block_types": [f"{'' if depth is None else 'CrossAttn'}DownBlock2D" for depth in depths],
         "layers_per_block": params.layers_per_block,
-        "transformer_layers_per_block": [*(depth or 1 for depth in depths), params.mid_depth],
+        "transformer_layers_per_block": [1 if depth is None else depth for depth in (*above, coarsest)],
         "attention_head_dim": [width // params.head_dim for width in params.block_out_channels],
         "cross_attention_dim": params.cross_attention_dim,
         "norm_num_groups": params.norm_groups,
@@ -125,7 +189,6 @@ def unet_config(params: UNetParams) -> dict[str, Any]:
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 256,
         "projection_class_embeddings_input_dim": params.add_embed_dim,
-        "time_cond_proj_dim": 256 if params.guidance_embed else None,
     }
 
 

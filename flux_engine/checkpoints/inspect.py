@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from math import prod
+from math import isqrt, prod
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,20 @@ from flux_engine.checkpoints.source import WeightSource
 from flux_engine.checkpoints.tables import published_clip
 from flux_engine.errors import WeightsError
 from flux_engine.models.flux import Flux
+from flux_engine.models.flux_controlnet import FluxControlNet
+from flux_engine.models.redux import ReduxAdapter
 from flux_engine.models.unet import UNet
+from flux_engine.models.unet_controlnet import UNetControlNet
 from flux_engine.models.vae import AutoEncoder
-from flux_engine.params import FluxParams, UNetParams, VAEParams, count_of
+from flux_engine.params import (
+    FluxControlNetParams,
+    FluxParams,
+    ReduxParams,
+    UNetControlNetParams,
+    UNetParams,
+    VAEParams,
+    count_of,
+)
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -62,16 +73,38 @@ def _t5(shapes: Shapes) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in made.items() if name != "encoder.embed_tokens.weight"}
 
 
+def _siglip(shapes: Shapes) -> Shapes:
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    width, channels, patch = shapes["embeddings.patch_embedding.weight"][:3]
+    config = SiglipVisionConfig(
+        hidden_size=width,
+        intermediate_size=shapes["encoder.layers.0.mlp.fc1.weight"][0],
+        num_hidden_layers=count_of(shapes, "encoder.layers."),
+        num_attention_heads=1,  # no shape tells
+        num_channels=channels,
+        image_size=patch * isqrt(shapes["embeddings.position_embedding.weight"][0]),
+        patch_size=patch,
+        vision_use_head=False,
+    )
+    made = SiglipVisionModel(config).state_dict()
+    return {name.removeprefix("vision_model."): tuple(tensor.shape) for name, tensor in made.items()}
+
+
 def _own(network: nn.Module) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
 WANTED: Mapping[Kind, Callable[[Shapes], Shapes]] = {
     "flux": lambda shapes: _own(Flux(FluxParams.from_shapes(shapes))),
+    "flux_controlnet": lambda shapes: _own(FluxControlNet(FluxControlNetParams.from_shapes(shapes))),
     "unet": lambda shapes: _own(UNet(UNetParams.from_shapes(shapes))),
+    "unet_controlnet": lambda shapes: _own(UNetControlNet(UNetControlNetParams.from_shapes(shapes))),
     "vae": lambda shapes: _own(AutoEncoder(VAEParams.from_shapes(shapes))),
     "clip": _clip,
     "t5": _t5,
+    "redux": lambda shapes: _own(ReduxAdapter(ReduxParams.from_shapes(shapes))),
+    "siglip": _siglip,
 }
 """What a network of the kind that a part's own shapes ask for would have."""
 PIECE = 2**22

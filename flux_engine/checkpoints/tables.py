@@ -63,6 +63,25 @@ FLUX_DIFFUSERS: Table = (
     Entry("final_layer.adaLN_modulation.1", ("norm_out.linear",), swap_halves=True),
 )
 
+_HINT = {"conv_in": 0, **{f"blocks.{n}": 2 + 2 * n for n in range(6)}, "conv_out": 14}
+"""Where XLabs' numbers diffusers' convolutions have."""
+_OF_CONTROLNETS = tuple(
+    _one(name, name) for name in ("controlnet_blocks.{i}", "controlnet_single_blocks.{i}", "controlnet_mode_embedder")
+)
+FLUX_CONTROLNET_DIFFUSERS: Table = (
+    *FLUX_DIFFUSERS,
+    *_OF_CONTROLNETS,
+    _one("controlnet_x_embedder", "controlnet_x_embedder"),
+    *(_one(f"input_hint_block.{number}", f"input_hint_block.{name}") for name, number in _HINT.items()),
+)
+FLUX_CONTROLNET_XLABS: Table = (
+    *(_one(entry.ours, entry.ours) for entry in FLUX_DIFFUSERS),
+    *_OF_CONTROLNETS,
+    _one("controlnet_x_embedder", "pos_embed_input"),
+    _one("input_hint_block.{i}", "input_hint_block.{i}"),
+)
+"""Black Forest Labs' names but for one; ComfyUI keeps other publishers' ControlNets so, too."""
+
 
 def _resnets(ours: str, theirs: str) -> list[Entry]:
     same = ("norm1", "conv1", "norm2", "conv2")
@@ -125,6 +144,12 @@ def published_clip(name: str) -> str:
 
 CLIP_TRANSFORMERS: Table = (Entry("", ("text_model.embeddings",), leaf=("", "position_ids")),)
 """Older files store the numbers of the positions as well."""
+SIGLIP_TRANSFORMERS: Table = (
+    Entry("", ("embeddings",), leaf=("", "position_ids")),
+    Entry("", ("head",), leaf=("", "probe")),
+    *(_one("", f"head.{part}") for part in ("attention", "attention.out_proj", "layernorm", "mlp.fc1", "mlp.fc2")),
+)
+"""What a vision tower's file holds beside the last states: the head pools them, and nothing here reads that."""
 T5_TRANSFORMERS: Table = (_one("shared", "encoder.embed_tokens"),)
 """The table of pieces goes by either name, or by both."""
 
@@ -220,6 +245,30 @@ def _split(joined: str) -> list[str]:
     return [f"{stem}.to_{letter}" for letter in letters] if found and letters in ("qkv", "kv") else [joined]
 
 
+def _named_alike(table: Table) -> Table:
+    """The table of a layout with our names: only q, k and v are not joined."""
+    return tuple(replace(entry, theirs=tuple(_split(entry.ours))) for entry in table)
+
+
 def unet_diffusers(attention: Sequence[bool]) -> Table:
-    """SDXL's UNet as diffusers holds it: only q, k and v are not joined."""
-    return tuple(replace(entry, theirs=tuple(_split(entry.ours))) for entry in unet_sgm(attention))
+    """SDXL's UNet as diffusers holds it."""
+    return _named_alike(unet_sgm(attention))
+
+
+def unet_controlnet_sgm(attention: Sequence[bool], hints: int) -> Table:
+    """A ControlNet for SDXL's UNet under the names that the first ControlNets had, and the UNet's.
+
+    `hints` are the convolutions that the picture which steers goes through; every second module there is a SiLU.
+    """
+    ours = ["conv_in", *(f"blocks.{i}" for i in range(hints - 2)), "conv_out"]
+    return (
+        *unet_sgm(attention),
+        *(_one(f"controlnet_cond_embedding.{our}", f"input_hint_block.{2 * i}") for i, our in enumerate(ours)),
+        _one("controlnet_down_blocks.{i}", "zero_convs.{i}.0"),
+        _one("controlnet_mid_block", "middle_block_out.0"),
+    )
+
+
+def unet_controlnet_diffusers(attention: Sequence[bool], hints: int) -> Table:
+    """The same as diffusers holds it."""
+    return _named_alike(unet_controlnet_sgm(attention, hints))

@@ -9,13 +9,15 @@ from __future__ import annotations
 import copy
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from flux_engine.checkpoints.detect import pick
@@ -23,10 +25,11 @@ from flux_engine.checkpoints.load import load_module
 from flux_engine.checkpoints.source import WeightSource
 from flux_engine.errors import InvalidRequest
 from flux_engine.hardware import has_bf16
+from flux_engine.models.layers import Residuals, scaled
 from flux_engine.models.vae import AutoEncoder
 from flux_engine.request import Job
 from flux_engine.schedulers import Schedule
-from flux_engine.specs import ModelSpec
+from flux_engine.specs import ControlNetSpec, ModelSpec
 from flux_engine.text.encoders import TextCond
 
 log = logging.getLogger(__name__)
@@ -47,13 +50,132 @@ class Encoded:
 
 
 @dataclass(frozen=True)
+class ControlNet:
+    """A ControlNet that was loaded for a model."""
+
+    spec: ControlNetSpec
+    net: Any
+
+    @property
+    def kinds(self) -> Collection[str]:
+        return self.spec.kinds
+
+
+@dataclass(frozen=True)
+class Hint:
+    """A control picture as a ControlNet reads it."""
+
+    controlnet: ControlNet
+    embedded: Tensor
+    """One row, which every row of the batch shares."""
+    mode: int | None
+    scale: float
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a job's pictures give, made before the loop. Every tensor has one row, which the whole batch shares."""
+
+    latent: Tensor | None = None
+    """Of the picture to start from (1, C, h, w), float32."""
+    mask: Tensor | None = None
+    """Of what is repainted (1, 1, h, w), where what is not comes back after every call."""
+    channels: Tensor | None = None
+    """What the network reads beside the latent (1, N, h, w)."""
+    reference: Tensor | None = None
+    """Latent of the picture whose tokens it reads behind its own (1, C, h', w')."""
+    prompt_tokens: Tensor | None = None
+    """What Redux made of pictures (1, L, D)."""
+    hints: tuple[Hint, ...] = ()
+    maps: tuple[Image, ...] = ()
+    """The control pictures, as the preprocessors made them."""
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Where a walk stands."""
+
+    x: Tensor
+    """float32."""
+    noise: Tensor
+    """What it began from."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is kept of a picture, in the shape that the loop walks."""
+
+    latent: Tensor
+    mask: Tensor
+
+    def put_back(self, x: Tensor, noise: Tensor, schedule: Schedule, call: int) -> Tensor:
+        """x before call number `call`, with what the mask keeps as it would be there."""
+        return self.mask * x + (1 - self.mask) * schedule.at(self.latent, noise, call)
+
+
+@dataclass(frozen=True)
 class Stage:
     """One walk over timesteps. What one stage leaves is where the next begins."""
 
     family: Family[Any]
     schedule: Schedule
-    begin: Callable[[Tensor | None], Tensor]
-    """What the stage before left, None for the first -> where this one begins. float32."""
+    begin: Callable[[Walk | None], Walk]
+    """What the stage before left, None for the first -> where this one begins."""
+    condition: Condition = field(default_factory=Condition)
+
+    @cached_property
+    def known(self) -> Known | None:
+        """What comes back after every call."""
+        made = self.condition
+        if made.latent is None or made.mask is None:
+            return None
+        mask = made.mask.expand_as(made.latent)
+        return Known(self.family.from_latent(made.latent), self.family.from_latent(mask))
+
+    @cached_property
+    def _beside(self) -> Tensor | None:
+        channels = self.condition.channels
+        return None if channels is None else self.family.from_latent(channels)
+
+    @cached_property
+    def _behind(self) -> Tensor | None:
+        reference = self.condition.reference
+        return None if reference is None else self.family.from_latent(reference)
+
+    def feed(self, x: Tensor) -> Tensor:
+        """x (B, ...) with what the network reads beside and behind it."""
+        for extra, dim in ((self._beside, self.family.channel_dim), (self._behind, 1)):
+            if extra is not None:
+                x = torch.cat((x, extra.expand(len(x), *extra.shape[1:])), dim=dim)
+        return x
+
+
+@dataclass(frozen=True)
+class Guide:
+    """A ControlNet on one walk."""
+
+    hint: Hint
+    statics: Any
+    calls: range
+    """At which it counts."""
+    spread: Callable[[tuple[Tensor, ...]], Residuals] = tuple
+    """What the ControlNet gives -> a slot for each place of the network it steers."""
+
+    def residuals(self, x: Tensor, call: int) -> Residuals | None:
+        """What it adds inside the network at a call, None for nothing. x (B, ...) without anything beside it."""
+        if call not in self.calls or self.hint.scale == 0:
+            return None
+        embedded = self.hint.embedded.expand(len(x), *self.hint.embedded.shape[1:])
+        given = self.hint.controlnet.net(x, embedded, call, self.statics)
+        return scaled(self.spread(given), self.hint.scale)
+
+
+def calls_between(start: float, end: float, count: int) -> range:
+    """The calls of a walk that lie whole within two shares of it."""
+    inside = [i for i in range(count) if i / count >= start and (i + 1) / count <= end]
+    return range(inside[0], inside[-1] + 1) if inside else range(0)
 
 
 class Family(ABC, Generic[Spec]):
@@ -69,15 +191,15 @@ class Family(ABC, Generic[Spec]):
         """Every network by the name of its part."""
 
     @abstractmethod
-    def stages(self, job: Job) -> list[Stage]:
+    def stages(self, job: Job, condition: Condition) -> list[Stage]:
         """The walks that make the pictures of a job."""
 
     @abstractmethod
-    def encode(self, job: Job) -> Encoded:
+    def encode(self, job: Job, condition: Condition) -> Encoded:
         """What the network reads of a job's prompts. Raises InvalidRequest if the job is strict and one is too long."""
 
     @abstractmethod
-    def statics(self, job: Job, encoded: Encoded, schedule: Schedule) -> Any:
+    def statics(self, job: Job, encoded: Encoded, stage: Stage) -> Any:
         """Everything that stays the same over the calls of one stage.
 
         Prompts are precomputed one by one: a row's bits must not depend on the batch it is in, and a product's rounding
@@ -85,8 +207,29 @@ class Family(ABC, Generic[Spec]):
         """
 
     @abstractmethod
+    def guides(self, job: Job, encoded: Encoded, stage: Stage) -> list[Guide]:
+        """The ControlNets of one stage, with what stays the same over its calls."""
+
+    @abstractmethod
     def to_latent(self, x: Tensor, h: int, w: int) -> Tensor:
         """What the loop walks -> latents (B, C, h, w)."""
+
+    @abstractmethod
+    def from_latent(self, latent: Tensor) -> Tensor:
+        """Latents, or any map of their size (B, N, h, w) -> in the shape of what the loop walks."""
+
+    @abstractmethod
+    def fill_channels(self, picture: Tensor, mask: Tensor) -> Tensor:
+        """What a network that fills holes reads (1, N, h, w). picture (1, 3, H, W) in [-1, 1]; mask (1, 1, H, W), 1 in
+        the hole."""
+
+    @abstractmethod
+    def hint_of(self, controlnet: ControlNet, picture: Tensor) -> Tensor:
+        """A control picture (1, 3, H, W) in [0, 1] -> one row as the ControlNet reads it."""
+
+    channel_dim: ClassVar[int]
+    """Where the loop's x has its channels."""
+    controlnets: tuple[ControlNet, ...]
 
     publishers_layout: ClassVar[str]
     """What the layout of the publisher's own files is called."""
@@ -98,6 +241,25 @@ class Family(ABC, Generic[Spec]):
     @abstractmethod
     def export_as_published(self, folder: Path) -> Path:
         """Write the publisher's own kind of file, or files. Raises OutputError."""
+
+    def with_controlnets(self, found: Sequence[tuple[ControlNetSpec, Path]]) -> Self:
+        """The same with ControlNets beside it. Raises WeightsError for one that does not fit."""
+        if not found:
+            return self
+        nets = [self.load_controlnet(spec, path) for spec, path in found]
+        spec = replace(self.spec, controlnets=tuple(net.spec for net in nets))
+        return replace(self, spec=spec, controlnets=tuple(nets))  # pyright: ignore[reportArgumentType]
+
+    @abstractmethod
+    def load_controlnet(self, spec: ControlNetSpec, path: Path) -> ControlNet:
+        """Read one. Raises WeightsError if it was made for a model of other widths."""
+
+    def latent_of(self, picture: Tensor) -> Tensor:
+        """Picture (1, 3, H, W) in [-1, 1] -> latent (1, C, h, w), float32. Where the autoencoder overflows, it is done
+        in float32."""
+        picture = picture.to(self.net.device)
+        latent = self.vae.encode(picture).float()
+        return latent if latent.isfinite().all() else copy.deepcopy(self.vae).float().encode(picture)
 
     def noise(self, generators: Sequence[torch.Generator], h: int, w: int) -> Tensor:
         """Standard normal latents (B, C, h, w), float32, drawn on the CPU from each picture's own generator."""
@@ -115,10 +277,7 @@ class Family(ABC, Generic[Spec]):
         generator = torch.Generator().manual_seed(0)
         blocks = torch.rand((4, 3, 4, 4), generator=generator) * 2 - 1
         pictures = F.interpolate(blocks, scale_factor=4 * downscale, mode="nearest")
-        latent = self.vae.encode(pictures.to(device))
-        if not latent.isfinite().all():  # it ran over, as a decoder can
-            latent = copy.deepcopy(self.vae).float().encode(pictures.to(device))
-        latent = latent.float().cpu().permute(0, 2, 3, 1).flatten(0, 2)
+        latent = self.latent_of(pictures).cpu().permute(0, 2, 3, 1).flatten(0, 2)
         colors = F.avg_pool2d(pictures, downscale).permute(0, 2, 3, 1).flatten(0, 2)
         inputs = torch.cat((latent, torch.ones(len(latent), 1)), dim=1)
         ridge = 1e-2 * len(inputs) * torch.eye(inputs.shape[1])

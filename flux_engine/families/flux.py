@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pixel_unshuffle
 
 from flux_engine.checkpoints import export
 from flux_engine.checkpoints.detect import pick
@@ -19,28 +21,29 @@ from flux_engine.checkpoints.export import Exported
 from flux_engine.checkpoints.load import load_module
 from flux_engine.checkpoints.source import WeightSource
 from flux_engine.errors import WeightsError
-from flux_engine.families.base import Encoded, Family, Stage, encode_each_once, generators_of, load_vae, notes_of_cuts
-from flux_engine.models.flux import Flux, FluxStatics
+from flux_engine.families.base import (
+    Condition,
+    ControlNet,
+    Encoded,
+    Family,
+    Guide,
+    Stage,
+    Walk,
+    calls_between,
+    encode_each_once,
+    generators_of,
+    load_vae,
+    notes_of_cuts,
+)
+from flux_engine.models.flux import Flux, FluxStatics, patchify, unpatchify
+from flux_engine.models.flux_controlnet import FluxControlNet
 from flux_engine.models.vae import AutoEncoder
-from flux_engine.params import FluxParams
+from flux_engine.params import FluxControlNetParams, FluxParams
 from flux_engine.request import Job
-from flux_engine.schedulers import Schedule, flow_match_euler
-from flux_engine.specs import FluxSpec
+from flux_engine.schedulers import flow_match_euler
+from flux_engine.specs import FLUX_DEV, UNION_MODES, ControlNetSpec, FluxSpec
 from flux_engine.text.flux import FluxTextEncoder
-
-
-def patchify(latent: Tensor) -> Tensor:
-    """Latents (B, C, h, w) -> tokens of 2 x 2 patches (B, h w / 4, 4 C), channel-major within a token."""
-    b, c, h, w = latent.shape
-    patches = latent.reshape(b, c, h // 2, 2, w // 2, 2)
-    return patches.permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
-
-
-def unpatchify(tokens: Tensor, h: int, w: int) -> Tensor:
-    """Tokens (B, h w / 4, 4 C) -> latents (B, C, h, w); undoes `patchify`."""
-    b, _, width = tokens.shape
-    patches = tokens.reshape(b, h // 2, w // 2, width // 4, 2, 2)
-    return patches.permute(0, 3, 1, 4, 2, 5).reshape(b, width // 4, h, w)
+from flux_engine.text.redux import Redux, mix
 
 
 def image_ids(rows: int, columns: int) -> Tensor:
@@ -56,10 +59,13 @@ class FluxFamily(Family[FluxSpec]):
     """A FLUX.1 model."""
 
     publishers_layout: ClassVar[str] = "bfl"
+    channel_dim: ClassVar[int] = 2
     spec: FluxSpec
     net: Flux
     vae: AutoEncoder
     text: FluxTextEncoder
+    controlnets: tuple[ControlNet, ...] = ()
+    redux: Redux | None = None
 
     @classmethod
     def load(
@@ -91,12 +97,46 @@ class FluxFamily(Family[FluxSpec]):
         vae = load_vae(spec, files["vae"], dtype=dtype, device=device)
         return cls(replace(spec, transformer=params), net, vae, text)
 
+    def load_controlnet(self, spec: ControlNetSpec, path: Path) -> ControlNet:
+        with WeightSource.open(path) as file:
+            source = pick(file, "flux_controlnet")
+            params = FluxControlNetParams.from_shapes(source.shapes)
+            own = self.net.params
+            for name in ("hidden_size", "context_in_dim", "vec_in_dim", "axes_dim"):
+                if getattr(params, name) != getattr(own, name):
+                    raise WeightsError(
+                        f"{path} was made for another model: its {name} is {getattr(params, name)}, that of "
+                        f"{self.spec.name} {getattr(own, name)}"
+                    )
+            net = load_module(lambda: FluxControlNet(params), source, dtype=self.net.dtype, device=self.net.device)
+        if params.num_modes:
+            kinds = {kind: UNION_MODES.get(kind) if mode is None else mode for kind, mode in spec.kinds.items()}
+            for kind, mode in kinds.items():
+                if mode is None or mode >= params.num_modes:
+                    raise WeightsError(
+                        f"{path} tells {params.num_modes} kinds of control apart, and {kind!r} is none of them"
+                    )
+            spec = replace(spec, kinds=kinds)
+        return ControlNet(spec, net)
+
+    def with_redux(self, files: Mapping[str, Path]) -> FluxFamily:
+        """The same with an adapter that reads pictures as prompts. Raises WeightsError for one that does not fit."""
+        redux = Redux.load(files, dtype=self.net.dtype, device=self.net.device)
+        if redux.text_dim != self.net.params.context_in_dim:
+            raise WeightsError(
+                f"{files['adapter']} gives tokens {redux.text_dim} wide; {self.spec.name} reads "
+                f"{self.net.params.context_in_dim}"
+            )
+        return replace(self, spec=replace(self.spec, image_prompts=True), redux=redux)
+
     def networks(self) -> dict[str, nn.Module]:
         return {
             "transformer": self.net,
             "vae": self.vae,
             "text_encoder": self.text.clip,
             "text_encoder_2": self.text.t5,
+            **{f"controlnet {one.spec.name}": one.net for one in self.controlnets},
+            **(self.redux.networks() if self.redux else {}),
         }
 
     def export(self, folder: Path) -> Path:
@@ -119,26 +159,80 @@ class FluxFamily(Family[FluxSpec]):
         """The transformer and the autoencoder."""
         return export.write_bfl(folder, self.spec.name.rpartition("/")[2], self.net, self.vae)
 
-    def stages(self, job: Job) -> list[Stage]:
+    def stages(self, job: Job, condition: Condition) -> list[Stage]:
         h, w = job.latent_size
-        schedule = flow_match_euler(self.spec.schedule, job.num_inference_steps, h * w // 4)
-        return [Stage(self, schedule, lambda _: patchify(self.noise(generators_of(job), h, w)))]
+        strength = job.inputs.strength
+        schedule = flow_match_euler(self.spec.schedule, job.num_inference_steps, h * w // 4, strength)
+
+        def begin(_: Walk | None) -> Walk:
+            noise = patchify(self.noise(generators_of(job), h, w))
+            if condition.latent is None or strength == 1:
+                return Walk(schedule.from_noise(noise), noise)
+            return Walk(schedule.at(patchify(condition.latent), noise, 0), noise)
+
+        return [Stage(self, schedule, begin, condition)]
 
     def to_latent(self, x: Tensor, h: int, w: int) -> Tensor:
         return unpatchify(x, h, w)
 
-    def encode(self, job: Job) -> Encoded:
-        notes = notes_of_cuts(job, self.text.max_sequence_length, self.text.tokens_over)
-        return encode_each_once(job, self.text.encode, list(job.prompts), job.negative_prompt or "", notes)
+    def from_latent(self, latent: Tensor) -> Tensor:
+        return patchify(latent)
 
-    def statics(self, job: Job, encoded: Encoded, schedule: Schedule) -> FluxStatics:
+    def fill_channels(self, picture: Tensor, mask: Tensor) -> Tensor:
+        """The picture without what is in the hole, and the pixels of the mask, 8 x 8 for each position.
+
+        Source: black-forest-labs/flux, src/flux/sampling.py, prepare_fill.
+        """
+        pixels = pixel_unshuffle(mask, self.spec.vae.downscale).to(self.net.device)
+        return torch.cat((self.latent_of(picture * (1 - mask)), pixels), dim=1)
+
+    def hint_of(self, controlnet: ControlNet, picture: Tensor) -> Tensor:
+        picture = picture.to(self.net.device) * 2 - 1
+        hint = picture if controlnet.net.reads_picture else patchify(self.latent_of(picture))
+        return controlnet.net.embed_hint(hint)
+
+    def encode(self, job: Job, condition: Condition) -> Encoded:
+        notes = notes_of_cuts(job, self.text.max_sequence_length, self.text.tokens_over)
+        encoded = encode_each_once(job, self.text.encode, list(job.prompts), job.negative_prompt or "", notes)
+        if condition.prompt_tokens is None:
+            return encoded
+        strength = job.inputs.prompt_strength
+        return replace(encoded, text=mix(encoded.text, condition.prompt_tokens, strength))
+
+    def _told(self, job: Job, encoded: Encoded, stage: Stage) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Positions of the tokens that are drawn, times, guidance scale."""
         h, w = job.latent_size
         device = self.net.device
-        ids = image_ids(h // 2, w // 2).to(device)
-        times = torch.tensor(schedule.timesteps, dtype=torch.float32, device=device)
+        times = torch.tensor(stage.schedule.timesteps, dtype=torch.float32, device=device)
         guidance = None if job.guidance_scale is None else torch.tensor([job.guidance_scale], device=device)
+        return image_ids(h // 2, w // 2).to(device), times, guidance
+
+    def statics(self, job: Job, encoded: Encoded, stage: Stage) -> FluxStatics:
+        ids, times, guidance = self._told(job, encoded, stage)
+        if stage.condition.reference is not None:
+            rows, columns = (side // 2 for side in stage.condition.reference.shape[2:])
+            behind = image_ids(rows, columns).to(ids.device)
+            behind[:, 0] = 1
+            ids = torch.cat((ids, behind))
         each = [
             self.net.precompute(tokens, pooled, ids, times, guidance)
             for tokens, pooled in zip(encoded.text.tokens.split(1), encoded.text.pooled.split(1), strict=True)
         ]
         return FluxStatics.cat([each[row] for row in encoded.rows])
+
+    def guides(self, job: Job, encoded: Encoded, stage: Stage) -> list[Guide]:
+        ids, times, guidance = self._told(job, encoded, stage)
+        guides: list[Guide] = []
+        for hint in stage.condition.hints:
+            net = hint.controlnet.net
+            told = guidance if net.params.guidance_embed else None
+            if net.params.guidance_embed and told is None:  # a ControlNet for dev beside a model that takes none
+                told = torch.tensor([FLUX_DEV.guidance_scale], device=ids.device)
+            each = [
+                net.precompute(tokens, pooled, ids, times, told, hint.mode)
+                for tokens, pooled in zip(encoded.text.tokens.split(1), encoded.text.pooled.split(1), strict=True)
+            ]
+            statics = type(each[0]).cat([each[row] for row in encoded.rows])
+            calls = calls_between(hint.start, hint.end, len(stage.schedule.timesteps))
+            guides.append(Guide(hint, statics, calls, partial(net.residuals, base=self.net.params)))
+        return guides

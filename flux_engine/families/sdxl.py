@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flux_engine.checkpoints import export
@@ -20,9 +21,14 @@ from flux_engine.checkpoints.load import load_module
 from flux_engine.checkpoints.source import WeightSource
 from flux_engine.errors import WeightsError
 from flux_engine.families.base import (
+    Condition,
+    ControlNet,
     Encoded,
     Family,
+    Guide,
     Stage,
+    Walk,
+    calls_between,
     channels_last,
     encode_each_once,
     generators_of,
@@ -30,11 +36,12 @@ from flux_engine.families.base import (
     notes_of_cuts,
 )
 from flux_engine.models.unet import UNet, UNetStatics
+from flux_engine.models.unet_controlnet import UNetControlNet
 from flux_engine.models.vae import AutoEncoder
-from flux_engine.params import UNetParams
+from flux_engine.params import UNetControlNetParams, UNetParams
 from flux_engine.request import Job
-from flux_engine.schedulers import Diffusers, Schedule, scheduler_config
-from flux_engine.specs import REFINER_STRENGTH, SDXLSpec
+from flux_engine.schedulers import Diffusers, scheduler_config
+from flux_engine.specs import REFINER_STRENGTH, ControlNetSpec, SDXLSpec
 from flux_engine.text.encoders import TextCond
 from flux_engine.text.inversion import Inversion
 from flux_engine.text.sdxl import SDXLTextEncoder
@@ -65,11 +72,13 @@ class SDXLFamily(Family[SDXLSpec]):
     """An SDXL model, with its refiner if it has one."""
 
     publishers_layout: ClassVar[str] = "sgm"
+    channel_dim: ClassVar[int] = 1
     spec: SDXLSpec
     net: UNet
     vae: AutoEncoder
     text: SDXLTextEncoder
     refiner: SDXLFamily | None = None
+    controlnets: tuple[ControlNet, ...] = ()
 
     @classmethod
     def load(
@@ -103,6 +112,21 @@ class SDXLFamily(Family[SDXLSpec]):
         """The same with a refiner that is put together already."""
         return replace(self, spec=replace(self.spec, refiner=refiner.spec), refiner=refiner)
 
+    def load_controlnet(self, spec: ControlNetSpec, path: Path) -> ControlNet:
+        with WeightSource.open(path) as file:
+            source = pick(file, "unet_controlnet")
+            found = UNetControlNetParams.from_shapes(source.shapes)
+            own = self.net.params
+            params = replace(found, head_dim=own.head_dim, norm_groups=own.norm_groups)
+            for name in ("block_out_channels", "cross_attention_dim", "add_embed_dim"):
+                if getattr(params, name) != getattr(own, name):
+                    raise WeightsError(
+                        f"{path} was made for another model: its {name} is {getattr(params, name)}, that of "
+                        f"{self.spec.name} {getattr(own, name)}"
+                    )
+            net = load_module(lambda: UNetControlNet(params), source, dtype=self.net.dtype, device=self.net.device)
+        return ControlNet(spec, channels_last(net))
+
     def learn(self, found: Inversion) -> None:
         """Read learned tokens, the refiner too. Raises WeightsError if they do not fit; then nothing changed."""
         encoders = [self.text, *([self.refiner.text] if self.refiner else [])]
@@ -120,6 +144,7 @@ class SDXLFamily(Family[SDXLSpec]):
         parts = ("text_encoder", "text_encoder_2")[-len(self.text.readers) :]
         found: dict[str, nn.Module] = {"unet": self.net, "vae": self.vae}
         found |= {part: reader.clip for part, reader in zip(parts, self.text.readers, strict=True)}
+        found |= {f"controlnet {one.spec.name}": one.net for one in self.controlnets}
         return found | ({"refiner": self.refiner.net} if self.refiner else {})
 
     def export(self, folder: Path) -> Path:
@@ -149,36 +174,63 @@ class SDXLFamily(Family[SDXLSpec]):
         clips = [export.text_model(reader.clip, table) for reader, table in readers]
         return export.write_sgm(folder, self.spec.name.rpartition("/")[2], self.net, self.vae, clips)
 
-    def stages(self, job: Job) -> list[Stage]:
+    def stages(self, job: Job, condition: Condition) -> list[Stage]:
         h, w = job.latent_size
         generators = generators_of(job)
+        strength = job.inputs.strength
 
         name = job.scheduler
         assert name is not None
 
-        def schedule(steps: int) -> Diffusers:
-            return Diffusers(self.spec.schedule, name, steps, generators)
+        def schedule(steps: int, strength: float) -> Diffusers:
+            made = Diffusers(self.spec.schedule, name, steps, generators)
+            made.start_with(strength)
+            return made
 
-        first = schedule(job.num_inference_steps)
-        stages = [Stage(self, first, lambda _: first.from_noise(self.noise(generators, h, w)))]
+        first = schedule(job.num_inference_steps, strength)
+
+        def begin(_: Walk | None) -> Walk:
+            noise = self.noise(generators, h, w)
+            if condition.latent is None or strength == 1:
+                return Walk(first.from_noise(noise), noise)
+            return Walk(first.at(condition.latent, noise, 0), noise)
+
+        stages = [Stage(self, first, begin, condition)]
         if job.refine is None or self.refiner is None:
             return stages
+        kept = Condition(latent=condition.latent, mask=condition.mask)  # the refiner reads nothing beside the latent
         if job.refine.mode == "expert_ensemble_refiner":
-            second = schedule(job.num_inference_steps)
+            second = schedule(job.num_inference_steps, strength)
             first.stop_at(job.refine.high_noise_frac)
             second.start_at(job.refine.high_noise_frac)
-            return [*stages, Stage(self.refiner, second, lambda x: as_left(x))]
-        second = schedule(job.refine.steps)
-        second.start_with(REFINER_STRENGTH)
-        return [
-            *stages,
-            Stage(self.refiner, second, lambda x: second.from_latent(as_left(x), self.noise(generators, h, w))),
-        ]
+            return [*stages, Stage(self.refiner, second, as_left, kept)]
+        again = schedule(job.refine.steps, REFINER_STRENGTH)
+
+        def begin_again(left: Walk | None) -> Walk:
+            noise = self.noise(generators, h, w)
+            return Walk(again.at(as_left(left).x, noise, 0), noise)
+
+        return [*stages, Stage(self.refiner, again, begin_again, kept)]
 
     def to_latent(self, x: Tensor, h: int, w: int) -> Tensor:
         return x
 
-    def encode(self, job: Job) -> Encoded:
+    def from_latent(self, latent: Tensor) -> Tensor:
+        return latent
+
+    def fill_channels(self, picture: Tensor, mask: Tensor) -> Tensor:
+        """The mask, one number for each position, and the picture without what is in the hole.
+
+        Source: diffusers/stable-diffusion-xl-1.0-inpainting-0.1, which was taught masks without any grey.
+        """
+        hole = (mask >= 0.5).float()
+        small = F.max_pool2d(hole, self.spec.vae.downscale).to(self.net.device)
+        return torch.cat((small, self.latent_of(picture * (1 - hole))), dim=1)
+
+    def hint_of(self, controlnet: ControlNet, picture: Tensor) -> Tensor:
+        return controlnet.net.embed_hint(picture.to(self.net.device))
+
+    def encode(self, job: Job, condition: Condition) -> Encoded:
         def read(prompts: list[str | None]) -> TextCond:
             return self.text.encode(prompts, weights=job.prompt_weights, chunks=job.prompt_chunks)
 
@@ -196,11 +248,26 @@ class SDXLFamily(Family[SDXLSpec]):
             )
         return encode_each_once(job, read, list(job.prompts), negative, notes)
 
-    def statics(self, job: Job, encoded: Encoded, schedule: Schedule) -> UNetStatics:
+    def statics(self, job: Job, encoded: Encoded, stage: Stage) -> UNetStatics:
+        return self._precomputed(self.net, job, encoded, stage)
+
+    def guides(self, job: Job, encoded: Encoded, stage: Stage) -> list[Guide]:
+        count = len(stage.schedule.timesteps)
+        return [
+            Guide(
+                hint,
+                self._precomputed(hint.controlnet.net, job, encoded, stage),
+                calls_between(hint.start, hint.end, count),
+            )
+            for hint in stage.condition.hints
+        ]
+
+    def _precomputed(self, net: UNet | UNetControlNet, job: Job, encoded: Encoded, stage: Stage) -> UNetStatics:
         assert job.told is not None
-        device = self.net.device
-        times = torch.tensor(schedule.timesteps, dtype=torch.float32, device=device)
-        guidance = None if job.guidance_scale is None else torch.tensor([job.guidance_scale], device=device)
+        device = net.device
+        times = torch.tensor(stage.schedule.timesteps, dtype=torch.float32, device=device)
+        embedded = net is self.net and job.guidance_scale is not None
+        guidance = torch.tensor([job.guidance_scale], device=device) if embedded else None
         told = [*job.told.original_size, *job.told.crop_top_left]
         ends = ([score] for score in AESTHETIC_SCORES) if self.spec.aesthetic_score else [job.told.target_size] * 2
         negative, positive = (torch.tensor([[*told, *end]], dtype=torch.float32, device=device) for end in ends)
@@ -210,11 +277,11 @@ class SDXLFamily(Family[SDXLSpec]):
         for row, is_negative in dict.fromkeys(rows):
             tokens, pooled = encoded.text.tokens[row : row + 1], encoded.text.pooled[row : row + 1]
             ids = negative if is_negative else positive
-            made[row, is_negative] = self.net.precompute(tokens, pooled, ids, times, guidance)
+            made[row, is_negative] = net.precompute(tokens, pooled, ids, times, guidance)
         return UNetStatics.cat([made[row] for row in rows])
 
 
-def as_left(x: Tensor | None) -> Tensor:
+def as_left(walk: Walk | None) -> Walk:
     """What the stage before left."""
-    assert x is not None
-    return x
+    assert walk is not None
+    return walk

@@ -14,21 +14,21 @@ Shapes: B batch, S calls, L tokens (Li image, Lt text), H heads, D width.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from flux_engine import ops
 from flux_engine.attention import attention
-from flux_engine.models.layers import merge_heads
-from flux_engine.params import FluxParams
+from flux_engine.models.layers import Residuals, merge_heads
+from flux_engine.params import FluxParams, FluxTrunkParams
 
 
 @dataclass(frozen=True)
-class FluxStatics:
-    """What `Flux.precompute` makes for one prompt batch and one schedule; frozen for the whole request."""
+class TrunkStatics:
+    """What `precompute` makes for one prompt batch and one schedule; frozen for the whole request."""
 
     txt: Tensor
     """Embedded text tokens (B, Lt, D)."""
@@ -40,29 +40,45 @@ class FluxStatics:
     shift, scale, gate for attention, then for the MLP."""
     single: tuple[Tensor, ...]
     """Per single block (S, B, 3, 1, D): shift, scale, gate."""
-    final: Tensor
-    """(S, B, 2, 1, D): shift, scale of the last layer."""
 
-    @staticmethod
-    def cat(rows: Sequence[FluxStatics]) -> FluxStatics:
+    @classmethod
+    def cat(cls, rows: Sequence[Self]) -> Self:
         """One batch of several: the same schedule and picture size, any prompts. A row may come several times."""
         first = rows[0]
         if len(rows) == 1:
             return first
-        return FluxStatics(
-            txt=torch.cat([r.txt for r in rows]),
-            cos=first.cos,
-            sin=first.sin,
-            double=tuple(
-                (
-                    torch.cat([img for img, _ in block], dim=1),
-                    torch.cat([txt for _, txt in block], dim=1),
-                )
-                for block in zip(*(r.double for r in rows), strict=True)
-            ),
-            single=tuple(torch.cat(block, dim=1) for block in zip(*(r.single for r in rows), strict=True)),
-            final=torch.cat([r.final for r in rows], dim=1),
-        )
+        every = {field.name: [getattr(row, field.name) for row in rows] for field in fields(first)}
+        calls = {name: _cat(parts) for name, parts in every.items() if name not in ("txt", "cos", "sin")}
+        return replace(first, txt=torch.cat(every["txt"]), **calls)
+
+
+def _cat(parts: Sequence[Any]) -> Any:
+    """Several (S, B, ...), or tuples of them, as one batch."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(list(parts), dim=1)
+    return tuple(_cat(some) for some in zip(*parts, strict=True))
+
+
+@dataclass(frozen=True)
+class FluxStatics(TrunkStatics):
+    """What `Flux.precompute` makes."""
+
+    final: Tensor
+    """(S, B, 2, 1, D): shift, scale of the last layer."""
+
+
+def patchify(latent: Tensor) -> Tensor:
+    """Latents (B, C, h, w) -> tokens of 2 x 2 patches (B, h w / 4, 4 C), channel-major within a token."""
+    b, c, h, w = latent.shape
+    patches = latent.reshape(b, c, h // 2, 2, w // 2, 2)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
+
+
+def unpatchify(tokens: Tensor, h: int, w: int) -> Tensor:
+    """Tokens (B, h w / 4, 4 C) -> latents (B, C, h, w); undoes `patchify`."""
+    b, _, width = tokens.shape
+    patches = tokens.reshape(b, h // 2, w // 2, width // 4, 2, 2)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(b, width // 4, h, w)
 
 
 class MLPEmbedder(nn.Module):
@@ -212,14 +228,14 @@ class LastLayer(nn.Module):
         return self.linear(ops.layer_norm_modulate(x, shift, scale))
 
 
-class Flux(nn.Module):
-    """FLUX.1: predicts the flow-matching velocity of packed latent tokens."""
+class FluxTrunk(nn.Module):
+    """What the transformer and its ControlNets have in common: the embeddings and the blocks."""
 
-    def __init__(self, params: FluxParams) -> None:
+    def __init__(self, params: FluxTrunkParams) -> None:
         super().__init__()
-        self.params = params
         dim, heads = params.hidden_size, params.num_heads
         mlp_dim = int(dim * params.mlp_ratio)
+        self.guidance_embed, self.axes_dim, self.theta = params.guidance_embed, params.axes_dim, params.theta
         self.img_in = nn.Linear(params.in_channels, dim)
         self.txt_in = nn.Linear(params.context_in_dim, dim)
         self.time_in = MLPEmbedder(256, dim)
@@ -230,7 +246,6 @@ class Flux(nn.Module):
         self.single_blocks = nn.ModuleList(
             SingleStreamBlock(dim, heads, mlp_dim) for _ in range(params.depth_single_blocks)
         )
-        self.final_layer = LastLayer(dim, params.out_channels)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -239,6 +254,44 @@ class Flux(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.img_in.weight.device
+
+    def condition(self, pooled: Tensor, timesteps: Tensor, guidance: Tensor | None) -> Tensor:
+        """What every modulation is made of, (S, B, D), already through SiLU; the inputs are those of `precompute`."""
+        if (guidance is not None) != self.guidance_embed:
+            raise ValueError(f"guidance_embed is {self.guidance_embed}, guidance is {guidance!r}")
+        dtype = self.dtype
+        batch = pooled.shape[0]
+        t = timesteps if timesteps.dim() == 2 else timesteps[:, None].expand(-1, batch)
+        calls = t.shape[0]
+        vec = self.time_in(ops.sinusoidal_embedding(t.reshape(-1), 256).to(dtype))
+        vec = vec.unflatten(0, (calls, batch))
+        if guidance is not None:
+            vec = vec + self.guidance_in(ops.sinusoidal_embedding(guidance, 256).to(dtype))
+        vec = vec + self.vector_in(pooled.to(dtype))
+        return nn.functional.silu(vec)
+
+    def prepare(self, txt: Tensor, img_ids: Tensor, activated: Tensor) -> TrunkStatics:
+        """The blocks' part of `precompute`, for embedded text tokens (B, Lt, D) and what `condition` gave."""
+        double_blocks = cast("Iterable[DoubleStreamBlock]", self.double_blocks)
+        single_blocks = cast("Iterable[SingleStreamBlock]", self.single_blocks)
+        txt_ids = img_ids.new_zeros(txt.shape[1], img_ids.shape[1])
+        cos, sin = ops.rotary_tables(torch.cat((txt_ids, img_ids)), self.axes_dim, self.theta)
+        return TrunkStatics(
+            txt=txt,
+            cos=cos,
+            sin=sin,
+            double=tuple((b.img_mod(activated), b.txt_mod(activated)) for b in double_blocks),
+            single=tuple(b.modulation(activated) for b in single_blocks),
+        )
+
+
+class Flux(FluxTrunk):
+    """FLUX.1: predicts the flow-matching velocity of packed latent tokens."""
+
+    def __init__(self, params: FluxParams) -> None:
+        super().__init__(params)
+        self.params = params
+        self.final_layer = LastLayer(params.hidden_size, params.out_channels)
 
     def precompute(
         self,
@@ -255,39 +308,37 @@ class Flux(nn.Module):
         timesteps (S,) in [0, 1], one per call, or (S, B) if the rows differ. guidance (B,), or None for a network
         without a guidance embedding (passing one to such a network is a programming error).
         """
-        if (guidance is not None) != self.params.guidance_embed:
-            raise ValueError(f"guidance_embed is {self.params.guidance_embed}, guidance is {guidance!r}")
-        dtype = self.dtype
-        batch = context.shape[0]
-        t = timesteps if timesteps.dim() == 2 else timesteps[:, None].expand(-1, batch)
-        calls = t.shape[0]
-        vec = self.time_in(ops.sinusoidal_embedding(t.reshape(-1), 256).to(dtype))
-        vec = vec.unflatten(0, (calls, batch))
-        if guidance is not None:
-            vec = vec + self.guidance_in(ops.sinusoidal_embedding(guidance, 256).to(dtype))
-        vec = vec + self.vector_in(pooled.to(dtype))  # (S, B, D)
-        activated = nn.functional.silu(vec)
+        activated = self.condition(pooled, timesteps, guidance)
+        trunk = self.prepare(self.txt_in(context.to(self.dtype)), img_ids, activated)
+        final = self.final_layer.adaLN_modulation[1](activated).unflatten(-1, (2, 1, -1))
+        return FluxStatics(**vars(trunk), final=final)
 
-        double_blocks = cast("Iterable[DoubleStreamBlock]", self.double_blocks)
-        single_blocks = cast("Iterable[SingleStreamBlock]", self.single_blocks)
-        txt_ids = img_ids.new_zeros(context.shape[1], img_ids.shape[1])
-        cos, sin = ops.rotary_tables(torch.cat((txt_ids, img_ids)), self.params.axes_dim, self.params.theta)
-        return FluxStatics(
-            txt=self.txt_in(context.to(dtype)),
-            cos=cos,
-            sin=sin,
-            double=tuple((b.img_mod(activated), b.txt_mod(activated)) for b in double_blocks),
-            single=tuple(b.modulation(activated) for b in single_blocks),
-            final=self.final_layer.adaLN_modulation[1](activated).unflatten(-1, (2, 1, -1)),
-        )
+    def forward(self, x: Tensor, call: int, statics: FluxStatics, residuals: Residuals | None = None) -> Tensor:
+        """Velocity at call number `call`. x (B, Li, in_channels) -> (B, Li, out_channels), in the weights' dtype.
 
-    def forward(self, x: Tensor, call: int, statics: FluxStatics) -> Tensor:
-        """Velocity at call number `call`. x (B, Li, in_channels) -> (B, Li, out_channels), in the weights' dtype."""
+        `residuals` are added to the image tokens after each block: a slot (B, Li, D) for every double block, then one
+        for every single block.
+        """
         img, txt = self.img_in(x.to(self.dtype)), statics.txt
         cos, sin = statics.cos, statics.sin
-        for block, (img_mod, txt_mod) in zip(self.double_blocks, statics.double, strict=True):
+        slots = self._slots(residuals)
+        depth = len(self.double_blocks)
+        for block, (img_mod, txt_mod), residual in zip(self.double_blocks, statics.double, slots[:depth], strict=True):
             img, txt = block(img, txt, img_mod[call], txt_mod[call], cos, sin)
+            if residual is not None:
+                img = ops.add_residual(img, residual)
+        length = txt.shape[1]
         joined = torch.cat((txt, img), dim=1)  # (B, Lt + Li, D)
-        for block, mod in zip(self.single_blocks, statics.single, strict=True):
+        for block, mod, residual in zip(self.single_blocks, statics.single, slots[depth:], strict=True):
             joined = block(joined, mod[call], cos, sin)
-        return self.final_layer(joined[:, txt.shape[1] :], statics.final[call])
+            if residual is not None:
+                joined = torch.cat((joined[:, :length], ops.add_residual(joined[:, length:], residual)), dim=1)
+        return self.final_layer(joined[:, length:], statics.final[call])
+
+    def _slots(self, residuals: Residuals | None) -> Residuals:
+        count = len(self.double_blocks) + len(self.single_blocks)
+        if residuals is None:
+            return (None,) * count
+        if len(residuals) != count:
+            raise ValueError(f"{len(residuals)} residuals for a network of {count} blocks")
+        return residuals

@@ -2,9 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import reduce
+from operator import add
+
 from torch import Tensor, nn
 
 from flux_engine import ops
+
+Residuals = tuple[Tensor | None, ...]
+"""What ControlNets add inside a network: a slot for each place where something can be added, in the order in which the
+network comes to them, None where nothing is."""
+
+
+def add_residuals(parts: Sequence[Residuals]) -> Residuals:
+    """The sum of what several ControlNets add to one network, slot by slot. What is in several slots is added once."""
+    sums: dict[tuple[int, ...], Tensor] = {}
+    slots: list[Tensor | None] = []
+    for slot in zip(*parts, strict=True):
+        given = [residual for residual in slot if residual is not None]
+        key = tuple(map(id, given))
+        if given and key not in sums:
+            sums[key] = reduce(add, given)
+        slots.append(sums.get(key))
+    return tuple(slots)
+
+
+def scaled(residuals: Residuals, scale: float | Tensor) -> Residuals:
+    """Each residual times `scale`. What is in several slots is multiplied once."""
+    every = {id(residual): residual for residual in residuals if residual is not None}
+    products = {key: residual * scale for key, residual in every.items()}
+    return tuple(None if residual is None else products[id(residual)] for residual in residuals)
 
 
 def merge_heads(x: Tensor) -> Tensor:

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from flux_engine import ops
 from flux_engine.attention import attention
-from flux_engine.models.layers import NormSiLU, merge_heads
-from flux_engine.params import UNetParams
+from flux_engine.models.layers import NormSiLU, Residuals, merge_heads
+from flux_engine.params import UNetEncoderParams, UNetParams
 
 IDS_DIM = 256
 """Width of the sinusoidal embedding of each of the numbers that tell sizes and crops, and of the guidance scale."""
@@ -33,7 +33,7 @@ IDS_DIM = 256
 
 @dataclass(frozen=True)
 class UNetStatics:
-    """What `UNet.precompute` makes for one prompt batch and one schedule; frozen for the whole request."""
+    """What `precompute` makes for one prompt batch and one schedule; frozen for the whole request."""
 
     time: tuple[Tensor, ...]
     """For each residual block what it adds to its channels (S, B, C, 1, 1)."""
@@ -62,6 +62,7 @@ class Embedder(nn.Module):
 
     def __init__(self, in_dim: int, dim: int, guidance: bool = False) -> None:
         super().__init__()
+        self.guidance = guidance
         if guidance:
             self.cond_proj = nn.Linear(IDS_DIM, in_dim, bias=False)
         self.linear_1 = nn.Linear(in_dim, dim)
@@ -72,7 +73,7 @@ class Embedder(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    def __init__(self, in_channels: int, out_channels: int, params: UNetParams) -> None:
+    def __init__(self, in_channels: int, out_channels: int, params: UNetEncoderParams) -> None:
         super().__init__()
         self.norm1 = NormSiLU(params.norm_groups, in_channels, eps=1e-5)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
@@ -146,7 +147,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    def __init__(self, dim: int, params: UNetParams) -> None:
+    def __init__(self, dim: int, params: UNetEncoderParams) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attn1 = SelfAttention(dim, params.head_dim)
@@ -165,7 +166,7 @@ class TransformerBlock(nn.Module):
 class Transformer(nn.Module):
     """Transformer blocks over the positions of a feature map."""
 
-    def __init__(self, channels: int, depth: int, params: UNetParams) -> None:
+    def __init__(self, channels: int, depth: int, params: UNetEncoderParams) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(params.norm_groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels)
@@ -201,24 +202,27 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, each with attention or all without. `widths` are (in, out) of each block."""
+    """The blocks of one resolution, each with attention or, without a depth, all without. `widths` are (in, out) of
+    each block."""
 
-    def __init__(self, widths: Iterable[tuple[int, int]], depth: int, params: UNetParams) -> None:
+    def __init__(self, widths: Iterable[tuple[int, int]], depth: int | None, params: UNetEncoderParams) -> None:
         super().__init__()
         widths = list(widths)
         self.resnets = nn.ModuleList(ResnetBlock(a, b, params) for a, b in widths)
-        if depth:
+        if depth is not None:
             self.attentions = nn.ModuleList(Transformer(b, depth, params) for _, b in widths)
-        self.depth = depth
+        self.attends = depth is not None
 
     def block(self, i: int, x: Tensor, call: int, statics: UNetStatics) -> Tensor:
         """The i-th block."""
         x = self.resnets[i](x, call, statics)
-        return self.attentions[i](x, statics) if self.depth else x
+        return self.attentions[i](x, statics) if self.attends else x
 
 
 class DownLevel(Level):
-    def __init__(self, widths: Iterable[tuple[int, int]], depth: int, params: UNetParams, *, last: bool) -> None:
+    def __init__(
+        self, widths: Iterable[tuple[int, int]], depth: int | None, params: UNetEncoderParams, *, last: bool
+    ) -> None:
         widths = list(widths)
         super().__init__(widths, depth, params)
         if not last:
@@ -237,7 +241,9 @@ class DownLevel(Level):
 
 
 class UpLevel(Level):
-    def __init__(self, widths: Iterable[tuple[int, int]], depth: int, params: UNetParams, *, last: bool) -> None:
+    def __init__(
+        self, widths: Iterable[tuple[int, int]], depth: int | None, params: UNetEncoderParams, *, last: bool
+    ) -> None:
         widths = list(widths)
         super().__init__(widths, depth, params)
         if not last:
@@ -252,53 +258,47 @@ class UpLevel(Level):
 
 
 class Middle(nn.Module):
-    def __init__(self, channels: int, params: UNetParams) -> None:
+    """Attention between two residual blocks; without a depth one residual block."""
+
+    def __init__(self, channels: int, depth: int | None, params: UNetEncoderParams) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, params) for _ in range(2))
-        self.attentions = nn.ModuleList([Transformer(channels, params.mid_depth, params)])
+        self.attends = depth is not None
+        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, params) for _ in range(1 + self.attends))
+        if depth is not None:
+            self.attentions = nn.ModuleList([Transformer(channels, depth, params)])
 
     def forward(self, x: Tensor, call: int, statics: UNetStatics) -> Tensor:
-        x = self.attentions[0](self.resnets[0](x, call, statics), statics)
-        return self.resnets[1](x, call, statics)
+        x = self.resnets[0](x, call, statics)
+        return self.resnets[1](self.attentions[0](x, statics), call, statics) if self.attends else x
 
 
-class UNet(nn.Module):
-    """Predicts the noise in a latent, or what the model was taught to predict of it."""
+class UNetEncoder(nn.Module):
+    """What a UNet and its ControlNets have in common: the way down, and what is made once for a request.
 
-    def __init__(self, params: UNetParams) -> None:
+    `depths` are transformer blocks in each attention of a resolution and `mid_depth` those of the middle, None where
+    there is no attention.
+    """
+
+    def __init__(
+        self, params: UNetEncoderParams, depths: Sequence[int | None], mid_depth: int | None, *, guidance: bool = False
+    ) -> None:
         super().__init__()
-        self.params = params
         channels, count = params.block_out_channels, params.layers_per_block
         last = len(channels) - 1
-        self.time_embedding = Embedder(channels[0], params.time_embed_dim, guidance=params.guidance_embed)
+        self.time_embedding = Embedder(channels[0], params.time_embed_dim, guidance=guidance)
         self.add_embedding = Embedder(params.add_embed_dim, params.time_embed_dim)
         self.conv_in = nn.Conv2d(params.in_channels, channels[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
             DownLevel(
-                [(channels[max(i - 1, 0)], width)] + [(width, width)] * (count - 1),
-                params.transformer_depth[i],
-                params,
-                last=i == last,
+                [(channels[max(i - 1, 0)], width)] + [(width, width)] * (count - 1), depths[i], params, last=i == last
             )
             for i, width in enumerate(channels)
         )
-        self.mid_block = Middle(channels[-1], params)
-        # Every block on the way up reads one that was passed on the way down: of its own resolution, and at last of the
-        # one above, which is the step down to this one.
-        self.up_blocks = nn.ModuleList(
-            UpLevel(
-                [
-                    ((channels[min(i + 1, last)] if j == 0 else width) + (above if j == count else width), width)
-                    for j in range(count + 1)
-                ],
-                params.transformer_depth[i],
-                params,
-                last=i == 0,
-            )
-            for i, width, above in reversed(list(zip(range(last + 1), channels, channels[:1] + channels, strict=False)))
-        )
-        self.conv_norm_out = NormSiLU(params.norm_groups, channels[0], eps=1e-5)
-        self.conv_out = nn.Conv2d(channels[0], params.out_channels, 3, padding=1)
+        self.mid_block = Middle(channels[-1], mid_depth, params)
+        self._number_blocks()
+
+    def _number_blocks(self) -> None:
+        """Give every block its place among the statics; again once there are more."""
         self._resnets = [module for module in self.modules() if isinstance(module, ResnetBlock)]
         self._attentions = [module for module in self.modules() if isinstance(module, CrossAttention)]
         for modules in (self._resnets, self._attentions):
@@ -327,11 +327,11 @@ class UNet(nn.Module):
         sizes and crops in pixels, and the refiner's aesthetic score. timesteps (S,) in [0, 1000), one per call, or
         (S, B) if the rows differ. guidance (B,): the guidance scale, for a network that has it embedded (LCM).
         """
-        if (guidance is not None) != self.params.guidance_embed:
-            raise ValueError(f"guidance_embed is {self.params.guidance_embed}, guidance is {guidance!r}")
+        if (guidance is not None) != self.time_embedding.guidance:
+            raise ValueError(f"guidance_embed is {self.time_embedding.guidance}, guidance is {guidance!r}")
         dtype, batch = self.dtype, context.shape[0]
         t = timesteps if timesteps.dim() == 2 else timesteps[:, None].expand(-1, batch)
-        embedded = ops.sinusoidal_embedding(t.reshape(-1), self.params.block_out_channels[0], time_factor=1.0)
+        embedded = ops.sinusoidal_embedding(t.reshape(-1), self.conv_in.out_channels, time_factor=1.0)
         embedded = embedded.to(dtype).unflatten(0, t.shape)  # (S, B, C)
         if guidance is not None:
             embedded = embedded + self.time_embedding.cond_proj(guidance_embedding(guidance, IDS_DIM).to(dtype))
@@ -344,14 +344,58 @@ class UNet(nn.Module):
             text=tuple(layer.keys_and_values(context) for layer in self._attentions),
         )
 
-    def forward(self, x: Tensor, call: int, statics: UNetStatics) -> Tensor:
-        """The prediction at call number `call`. x (B, in_channels, h, w) -> (B, out_channels, h, w), in the weights'
-        dtype."""
-        x = self.conv_in(x.to(self.dtype).contiguous(memory_format=torch.channels_last))
+    def enter(self, x: Tensor) -> Tensor:
+        """x (B, in_channels, h, w) -> (B, C, h, w), in the weights' dtype, channels last."""
+        return self.conv_in(x.to(self.dtype).contiguous(memory_format=torch.channels_last))
+
+    def down(self, x: Tensor, call: int, statics: UNetStatics) -> list[Tensor]:
+        """From what `enter` gives to what is passed on the way down, that first: the middle reads the last of it, and
+        the way up all of it."""
         passed = [x]
         for level in cast("Iterable[DownLevel]", self.down_blocks):
             passed += level(passed[-1], call, statics)
+        return passed
+
+
+class UNet(UNetEncoder):
+    """Predicts the noise in a latent, or what the model was taught to predict of it."""
+
+    def __init__(self, params: UNetParams) -> None:
+        depths = [depth or None for depth in params.transformer_depth]
+        super().__init__(params, depths, params.mid_depth, guidance=params.guidance_embed)
+        self.params = params
+        channels, count = params.block_out_channels, params.layers_per_block
+        last = len(channels) - 1
+        # Every block on the way up reads one that was passed on the way down: of its own resolution, and at last of the
+        # one above, which is the step down to this one.
+        self.up_blocks = nn.ModuleList(
+            UpLevel(
+                [
+                    ((channels[min(i + 1, last)] if j == 0 else width) + (above if j == count else width), width)
+                    for j in range(count + 1)
+                ],
+                depths[i],
+                params,
+                last=i == 0,
+            )
+            for i, width, above in reversed(list(zip(range(last + 1), channels, channels[:1] + channels, strict=False)))
+        )
+        self.conv_norm_out = NormSiLU(params.norm_groups, channels[0], eps=1e-5)
+        self.conv_out = nn.Conv2d(channels[0], params.out_channels, 3, padding=1)
+        self._number_blocks()
+
+    def forward(self, x: Tensor, call: int, statics: UNetStatics, residuals: Residuals | None = None) -> Tensor:
+        """The prediction at call number `call`. x (B, in_channels, h, w) -> (B, out_channels, h, w), in the weights'
+        dtype.
+
+        `residuals` are a ControlNet's: one for each that is passed on the way down, and the middle's last.
+        """
+        passed = self.down(self.enter(x), call, statics)
         x = self.mid_block(passed[-1], call, statics)
+        if residuals is not None:
+            *passed, x = (
+                state if added is None else state + added for state, added in zip((*passed, x), residuals, strict=True)
+            )
         for level in cast("Iterable[UpLevel]", self.up_blocks):
             x = level(x, passed, call, statics)
         return self.conv_out(self.conv_norm_out(x))

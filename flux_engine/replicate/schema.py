@@ -7,11 +7,15 @@ words them, because that is what clients of hosted models have seen.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from flux_engine.errors import InvalidRequest
+
+SHOWN = 100
+"""Most characters of a refused value that an error repeats: pictures are sent as text of megabytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +23,8 @@ class Input:
     """One input of a schema. The order of a schema's inputs is their published order."""
 
     name: str
-    type: Literal["string", "integer", "number", "boolean"]
+    type: Literal["string", "integer", "number", "boolean", "uri"]
+    """"uri" is a picture: an address or data URI, or the path or open file that a host made of it."""
     description: str
     default: Any = None
     required: bool = False
@@ -57,6 +62,8 @@ class Input:
                 return int(value)
             case "number" if is_number and math.isfinite(value):
                 return float(value)
+            case "uri" if _is_picture(value):
+                return value
             case _:
                 raise ValueError(f"Input should be a valid {self.type}")
 
@@ -66,7 +73,7 @@ class Input:
         if self.choices:
             body["allOf"] = [{"$ref": f"#/components/schemas/{self.name}"}]
         else:
-            body["type"] = self.type
+            body |= {"type": "string", "format": "uri"} if self.type == "uri" else {"type": self.type}
             body["title"] = self.name.replace("_", " ").title()
         if not self.required and self.default is not None:
             body["default"] = self.default
@@ -77,6 +84,18 @@ class Input:
         if self.le is not None:
             body["maximum"] = self.le
         return body
+
+
+def _is_picture(value: Any) -> bool:
+    """Whether a value can stand for a picture. Nothing is opened or fetched."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    return isinstance(value, os.PathLike) or callable(getattr(value, "read", None))
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
 
 class InvalidInput(InvalidRequest):
@@ -104,6 +123,14 @@ class Schema:
     name: str
     title: str
     inputs: tuple[Input, ...]
+    single: bool = False
+    """Whether a prediction is one picture, not a list of them."""
+    output_format: str = "png"
+    """What files are written as where no input says it."""
+    returns_controls: bool = False
+    """Whether the pictures that steered come first in the list, as the network saw them."""
+    seeds_from_one: bool = False
+    """Whether 0, the published default, and anything below it draw a seed."""
 
     def validate(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Every input by name, defaults filled in. Raises InvalidInput listing everything that is wrong.
@@ -122,7 +149,7 @@ class Schema:
             try:
                 values[one.name] = one.check(value)
             except ValueError as error:
-                problems[one.name] = f"{error}, not {value!r}"
+                problems[one.name] = f"{error}, not {_shown(value)}"
         known = {one.name for one in self.inputs}
         for name in given:
             if name not in known:
@@ -143,6 +170,7 @@ class Schema:
             for one in self.inputs
             if one.choices
         }
+        uri = {"type": "string", "format": "uri"}
         schemas: dict[str, Any] = {
             "Input": {
                 "title": "Input",
@@ -150,11 +178,7 @@ class Schema:
                 "required": [one.name for one in self.inputs if one.required],
                 "properties": {one.name: one.openapi(order) for order, one in enumerate(self.inputs)},
             },
-            "Output": {
-                "title": "Output",
-                "type": "array",
-                "items": {"type": "string", "format": "uri"},
-            },
+            "Output": {"title": "Output"} | (uri if self.single else {"type": "array", "items": uri}),
             "PredictionRequest": {
                 "title": "PredictionRequest",
                 "type": "object",

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     PreTrainedTokenizerBase,
+    SiglipVisionConfig,
     T5Config,
 )
 
@@ -32,6 +33,7 @@ VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.mode
 """Files that a tokenizer's pieces are in."""
 
 Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -48,14 +50,14 @@ class TextCond:
         return TextCond(torch.cat([p.tokens for p in parts]), torch.cat([p.pooled for p in parts]))
 
 
-class Cache(Generic[Key]):
-    """The encodings of the prompts that were used last."""
+class Cache(Generic[Key, Value]):
+    """The encodings of the prompts or pictures that were used last."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._kept: OrderedDict[Key, TextCond] = OrderedDict()
+        self._kept: OrderedDict[Key, Value] = OrderedDict()
 
-    def get(self, key: Key, make: Callable[[], TextCond]) -> TextCond:
+    def get(self, key: Key, make: Callable[[], Value]) -> Value:
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
@@ -91,11 +93,16 @@ def load_clip(
         source = pick(file, "clip", width=config.hidden_size)
         check_depth(config, source)
         clip = load_module(lambda: kind(config), source, dtype=dtype, device=device, rename=published_clip)
-    positions = torch.arange(config.max_position_embeddings, device=device)
-    for name, _ in list(clip.named_buffers()):  # the one buffer that no file stores
-        parent, _, leaf = name.rpartition(".")
-        clip.get_submodule(parent).register_buffer(leaf, positions[None], persistent=False)
+    place_positions(clip, config.max_position_embeddings, device)
     return clip
+
+
+def place_positions(module: nn.Module, count: int, device: torch.device) -> None:
+    """The numbers of the positions, the one buffer of transformers' models that no file stores."""
+    positions = torch.arange(count, device=device)
+    for name, _ in list(module.named_buffers()):
+        parent, _, leaf = name.rpartition(".")
+        module.get_submodule(parent).register_buffer(leaf, positions[None], persistent=False)
 
 
 def read_config(kind: type[Config], path: Path) -> Config:
@@ -103,10 +110,10 @@ def read_config(kind: type[Config], path: Path) -> Config:
     try:
         return kind.from_json_file(path)
     except Exception as error:  # noqa: BLE001  of many types, and none that they share
-        raise WeightsError(f"{path} cannot be used: {_short(error)}") from None
+        raise WeightsError(f"{path} cannot be used: {said_of(error)}") from None
 
 
-def check_depth(config: CLIPTextConfig | T5Config, source: WeightSource) -> None:
+def check_depth(config: CLIPTextConfig | T5Config | SiglipVisionConfig, source: WeightSource) -> None:
     """Raises WeightsError if a config asks for more layers than there are tensors: making them would take for ever."""
     if config.num_hidden_layers > len(source.recipes):
         raise WeightsError(
@@ -123,11 +130,12 @@ def load_tokenizer(kind: type[PreTrainedTokenizerBase], folder: Path, pieces: in
     try:
         tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # noqa: BLE001  the same
-        raise WeightsError(f"{folder} cannot be read as a tokenizer: {_short(error)}") from None
+        raise WeightsError(f"{folder} cannot be read as a tokenizer: {said_of(error)}") from None
     if len(tokenizer) > pieces:
         raise WeightsError(f"{folder} has {len(tokenizer):,} pieces, and its text encoder {pieces:,}")
     return tokenizer
 
 
-def _short(error: Exception) -> str:
+def said_of(error: Exception) -> str:
+    """An error in one line, for the message of ours."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

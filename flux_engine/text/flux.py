@@ -45,7 +45,7 @@ class FluxTextEncoder:
         self.clip_tokenizer, self.clip = clip_tokenizer, clip
         self.t5_tokenizer, self.t5 = t5_tokenizer, t5
         self.max_sequence_length = max_sequence_length
-        self._cache: Cache[str] = Cache(cache_size)
+        self._cache: Cache[str, TextCond] = Cache(cache_size)
 
     @classmethod
     def load(

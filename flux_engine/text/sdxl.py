@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedTokenizerBase
 
+from flux_engine.checks import MAX_PROMPT_CHARACTERS
 from flux_engine.errors import InvalidRequest, WeightsError
-from flux_engine.request import MAX_PROMPT_CHARACTERS
 from flux_engine.text.encoders import Cache, TextCond, load_clip, load_tokenizer
 from flux_engine.text.inversion import token_names
 from flux_engine.text.prompts import Piece, weighted
@@ -87,7 +87,7 @@ class SDXLTextEncoder:
 
     def __init__(self, readers: Sequence[Reader], *, cache_size: int = 64) -> None:
         self.readers = tuple(readers)
-        self._cache: Cache[tuple[str, bool, int]] = Cache(cache_size)
+        self._cache: Cache[tuple[str, bool, int], TextCond] = Cache(cache_size)
         self._plain = tuple(reader.table for reader in self.readers)
         self.learned: tuple[str, ...] = ()
         self.words: Mapping[str, str] = {}

@@ -1,0 +1,57 @@
+"""Checks of a value that somebody sent, by name: each returns it as it is used, or raises InvalidRequest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from flux_engine.errors import InvalidRequest
+
+MAX_PROMPT_CHARACTERS = 100_000
+MAX_SIDE_TOLD = 65_536
+
+
+def check_text(name: str, text: object) -> None:
+    """None, or text that can be encoded and is not absurdly long."""
+    if text is None:
+        return
+    if not isinstance(text, str):
+        raise InvalidRequest(f"{name} is a {type(text).__name__}, not a string", field=name)
+    if len(text) > MAX_PROMPT_CHARACTERS:
+        raise InvalidRequest(
+            f"{name} has {len(text):,} characters; at most {MAX_PROMPT_CHARACTERS:,} are read",
+            field=name,
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"{name} is not valid Unicode: {error.reason} at {error.start}", field=name) from None
+
+
+def pair(name: str, value: object) -> tuple[int, int] | None:
+    """Two integers, or None."""
+    if value is None:
+        return None
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
+        raise InvalidRequest(f"{name} {value!r} is not a pair of integers", field=name)
+    return integer(name, value[0], 0, MAX_SIDE_TOLD), integer(name, value[1], 0, MAX_SIDE_TOLD)
+
+
+def integer(name: str, value: object, low: int, high: int) -> int:
+    """Accepts what stands for an integer (numpy's, too) and nothing that only looks like one (True, 3.5, "3")."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise InvalidRequest(f"{name} {value!r} is not an integer", field=name)
+    found = value.__index__()  # pyright: ignore[reportAttributeAccessIssue]
+    if not low <= found <= high:
+        raise InvalidRequest(f"{name} {found} is outside {low} to {high}", field=name)
+    return found
+
+
+def number(name: str, value: object, low: float, high: float) -> float:
+    """A finite number within limits."""
+    if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
+        raise InvalidRequest(f"{name} {value!r} is not a number", field=name)
+    found = float(value)  # pyright: ignore[reportArgumentType]
+    if not math.isfinite(found) or not low <= found <= high:
+        raise InvalidRequest(f"{name} {found} is outside {low:g} to {high:g}", field=name)
+    return found

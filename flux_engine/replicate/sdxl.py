@@ -1,0 +1,204 @@
+"""The published schemas of SDXL models. They take no output format: files are png."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from flux_engine.replicate.inputs import (
+    DISABLE_SAFETY_CHECKER,
+    IMAGE,
+    LORA_SCALE,
+    LORA_WEIGHTS,
+    MASK,
+    NUM_OUTPUTS,
+    PROMPT,
+    PROMPT_STRENGTH,
+    SEED,
+    STEPS,
+)
+from flux_engine.replicate.schema import Input, Schema
+
+SDXL_PROMPT = replace(PROMPT, required=False, default="An astronaut riding a rainbow unicorn")
+NEGATIVE_PROMPT = Input(
+    name="negative_prompt", type="string", default="", field="negative_prompt", description="What to keep away from"
+)
+WIDTH = Input(name="width", type="integer", default=1024, field="width", description="Width of the picture in pixels")
+HEIGHT = replace(WIDTH, name="height", field="height", description="Height of the picture in pixels")
+SCHEDULER = Input(
+    name="scheduler",
+    type="string",
+    default="K_EULER",
+    choices=("DDIM", "DPMSolverMultistep", "HeunDiscrete", "KarrasDPM", "K_EULER_ANCESTRAL", "K_EULER", "PNDM"),
+    field="scheduler",
+    description="How to step from noise to the picture",
+)
+GUIDANCE_SCALE = Input(
+    name="guidance_scale",
+    type="number",
+    default=7.5,
+    ge=1,
+    le=50,
+    field="guidance_scale",
+    description="Scale of classifier-free guidance: how closely to follow the prompt; 1 is off",
+)
+REFINE = Input(
+    name="refine",
+    type="string",
+    default="no_refiner",
+    choices=("no_refiner", "expert_ensemble_refiner", "base_image_refiner"),
+    field="refine",
+    description="Whether a refiner takes the last steps, goes over the finished picture, or does nothing",
+)
+HIGH_NOISE_FRAC = Input(
+    name="high_noise_frac",
+    type="number",
+    default=0.8,
+    ge=0,
+    le=1,
+    field="high_noise_frac",
+    description="Share of the way before expert_ensemble_refiner takes over",
+)
+REFINE_STEPS = Input(
+    name="refine_steps",
+    type="integer",
+    field="refine_steps",
+    description="Steps of base_image_refiner; as many as num_inference_steps if left out",
+)
+APPLY_WATERMARK = Input(
+    name="apply_watermark",
+    type="boolean",
+    default=True,
+    description="Mark pictures, unseen, as made by a machine",
+)
+SDXL_LORA_SCALE = replace(LORA_SCALE, default=0.6, ge=0, le=1)
+
+SDXL = Schema(
+    name="sdxl",
+    title="SDXL",
+    inputs=(
+        SDXL_PROMPT,
+        NEGATIVE_PROMPT,
+        IMAGE,
+        MASK,
+        WIDTH,
+        HEIGHT,
+        NUM_OUTPUTS,
+        SCHEDULER,
+        STEPS,
+        GUIDANCE_SCALE,
+        PROMPT_STRENGTH,
+        SEED,
+        REFINE,
+        HIGH_NOISE_FRAC,
+        REFINE_STEPS,
+        APPLY_WATERMARK,
+        SDXL_LORA_SCALE,
+        replace(LORA_WEIGHTS, name="replicate_weights"),
+        DISABLE_SAFETY_CHECKER,
+    ),
+)
+
+SDXL_CONTROLNET = Schema(
+    name="sdxl-controlnet",
+    title="SDXL with a Canny ControlNet",
+    single=True,
+    seeds_from_one=True,
+    inputs=(
+        replace(IMAGE, field=None, description="Picture whose edges are found and followed"),
+        replace(
+            SDXL_PROMPT,
+            default="aerial view, a futuristic research complex in a bright foggy jungle, hard lighting",
+        ),
+        replace(NEGATIVE_PROMPT, default="low quality, bad quality, sketches"),
+        STEPS,
+        Input(
+            name="condition_scale",
+            type="number",
+            default=0.5,
+            ge=0,
+            le=1,
+            description="How strictly the edges are followed",
+        ),
+        replace(SEED, default=0, description="Random seed; 0 draws one"),
+    ),
+)
+
+CONTROLNETS = (
+    "none",
+    "edge_canny",
+    "illusion",
+    "depth_leres",
+    "depth_midas",
+    "soft_edge_pidi",
+    "soft_edge_hed",
+    "lineart",
+    "lineart_anime",
+    "openpose",
+)
+
+
+def _controlnet(name: str) -> tuple[Input, ...]:
+    """The inputs of one of several ControlNets."""
+    scale = Input(
+        name=f"{name}_conditioning_scale",
+        type="number",
+        default=0.75,
+        ge=0,
+        le=4,
+        description=f"How strictly {name} is followed",
+    )
+    return (
+        Input(name=name, type="string", default="none", choices=CONTROLNETS, description="What a ControlNet follows"),
+        Input(name=f"{name}_image", type="uri", description=f"Picture that {name} follows"),
+        scale,
+        replace(scale, name=f"{name}_start", default=0, le=1, description=f"Share of the steps before {name} begins"),
+        replace(scale, name=f"{name}_end", default=1, le=1, description=f"Share of the steps after which {name} ends"),
+    )
+
+
+SDXL_MULTI_CONTROLNET = Schema(
+    name="sdxl-multi-controlnet",
+    title="SDXL with up to three ControlNets",
+    returns_controls=True,
+    inputs=(
+        SDXL_PROMPT,
+        NEGATIVE_PROMPT,
+        IMAGE,
+        MASK,
+        replace(WIDTH, default=768),
+        replace(HEIGHT, default=768),
+        Input(
+            name="sizing_strategy",
+            type="string",
+            default="width_height",
+            choices=(
+                "width_height",
+                "input_image",
+                "controlnet_1_image",
+                "controlnet_2_image",
+                "controlnet_3_image",
+                "mask_image",
+            ),
+            description="Where the size comes from: width and height, or one of the given pictures",
+        ),
+        NUM_OUTPUTS,
+        SCHEDULER,
+        replace(STEPS, default=30),
+        GUIDANCE_SCALE,
+        PROMPT_STRENGTH,
+        SEED,
+        replace(
+            REFINE,
+            choices=("no_refiner", "base_image_refiner"),
+            description="Whether a refiner goes over the finished picture",
+        ),
+        REFINE_STEPS,
+        APPLY_WATERMARK,
+        SDXL_LORA_SCALE,
+        LORA_WEIGHTS,
+        DISABLE_SAFETY_CHECKER,
+        *_controlnet("controlnet_1"),
+        *_controlnet("controlnet_2"),
+        *_controlnet("controlnet_3"),
+    ),
+)

@@ -1,0 +1,446 @@
+"""The published schemas: every input of each, written down by hand, and what their declarations make of inputs."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flux_engine.replicate.schema import Input, InvalidInput, Schema
+from flux_engine.replicate.schemas import SCHEMAS
+from flux_engine.specs import SCHEDULERS
+
+REQUIRED = object()
+RATIOS = ["1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3", "9:16", "9:21"]
+FORMATS = ["webp", "jpg", "png"]
+NAMED = ["DDIM", "DPMSolverMultistep", "HeunDiscrete", "KarrasDPM", "K_EULER_ANCESTRAL", "K_EULER", "PNDM"]
+CONTROLS = ["none", "edge_canny", "illusion", "depth_leres", "depth_midas", "soft_edge_pidi", "soft_edge_hed",
+            "lineart", "lineart_anime", "openpose"]  # fmt: skip
+
+DEV = [
+    ("prompt", "string", REQUIRED),
+    ("aspect_ratio", "string", "1:1", RATIOS),
+    ("image", "uri", None),
+    ("prompt_strength", "number", 0.8, 0, 1),
+    ("num_outputs", "integer", 1, 1, 4),
+    ("num_inference_steps", "integer", 28, 1, 50),
+    ("guidance", "number", 3, 0, 10),
+    ("seed", "integer", None),
+    ("output_format", "string", "webp", FORMATS),
+    ("output_quality", "integer", 80, 0, 100),
+    ("disable_safety_checker", "boolean", False),
+    ("go_fast", "boolean", True),
+    ("megapixels", "string", "1", ["1", "0.25"]),
+]
+PUBLISHED: dict[str, list[tuple[Any, ...]]] = {  # name, type, default, then the choices or the limits
+    "flux-schnell": [
+        ("prompt", "string", REQUIRED),
+        ("aspect_ratio", "string", "1:1", RATIOS),
+        ("num_outputs", "integer", 1, 1, 4),
+        ("num_inference_steps", "integer", 4, 1, 4),
+        ("seed", "integer", None),
+        ("output_format", "string", "webp", FORMATS),
+        ("output_quality", "integer", 80, 0, 100),
+        ("disable_safety_checker", "boolean", False),
+        ("go_fast", "boolean", True),
+        ("megapixels", "string", "1", ["1", "0.25"]),
+    ],
+    "flux-dev": DEV,
+    "flux-krea-dev": DEV,
+    "flux-fill-dev": [
+        ("prompt", "string", REQUIRED),
+        ("image", "uri", REQUIRED),
+        ("mask", "uri", None),
+        ("num_outputs", "integer", 1, 1, 4),
+        ("num_inference_steps", "integer", 28, 1, 50),
+        ("guidance", "number", 30, 0, 100),
+        ("seed", "integer", None),
+        ("megapixels", "string", "1", ["1", "0.25", "match_input"]),
+        ("output_format", "string", "webp", FORMATS),
+        ("output_quality", "integer", 80, 0, 100),
+        ("lora_weights", "string", None),
+        ("lora_scale", "number", 1, -1, 3),
+        ("disable_safety_checker", "boolean", False),
+    ],
+    "flux-canny-dev": [
+        ("prompt", "string", REQUIRED),
+        ("control_image", "uri", REQUIRED),
+        ("num_outputs", "integer", 1, 1, 4),
+        ("num_inference_steps", "integer", 28, 1, 50),
+        ("guidance", "number", 30, 0, 100),
+        ("seed", "integer", None),
+        ("output_format", "string", "webp", FORMATS),
+        ("output_quality", "integer", 80, 0, 100),
+        ("disable_safety_checker", "boolean", False),
+        ("megapixels", "string", "1", ["1", "0.25", "match_input"]),
+    ],
+    "flux-depth-dev": [
+        ("prompt", "string", REQUIRED),
+        ("control_image", "uri", REQUIRED),
+        ("num_outputs", "integer", 1, 1, 4),
+        ("num_inference_steps", "integer", 28, 1, 50),
+        ("guidance", "number", 10, 0, 100),
+        ("seed", "integer", None),
+        ("output_format", "string", "webp", FORMATS),
+        ("output_quality", "integer", 80, 0, 100),
+        ("disable_safety_checker", "boolean", False),
+        ("megapixels", "string", "1", ["1", "0.25", "match_input"]),
+    ],
+    "flux-redux-dev": [
+        ("redux_image", "uri", REQUIRED),
+        ("aspect_ratio", "string", "1:1", RATIOS),
+        ("num_outputs", "integer", 1, 1, 4),
+        ("num_inference_steps", "integer", 28, 1, 50),
+        ("guidance", "number", 3, 0, 10),
+        ("seed", "integer", None),
+        ("output_format", "string", "webp", FORMATS),
+        ("output_quality", "integer", 80, 0, 100),
+        ("disable_safety_checker", "boolean", False),
+        ("megapixels", "string", "1", ["1", "0.25"]),
+    ],
+    "flux-redux-schnell": [
+        ("redux_image", "uri", REQUIRED),
+        ("aspect_ratio", "string", "1:1", RATIOS),
+        ("num_outputs", "integer", 1, 1, 4),
+        ("num_inference_steps", "integer", 4, 1, 4),
+        ("seed", "integer", None),
+        ("output_format", "string", "webp", FORMATS),
+        ("output_quality", "integer", 80, 0, 100),
+        ("disable_safety_checker", "boolean", False),
+        ("megapixels", "string", "1", ["1", "0.25"]),
+    ],
+    "flux-kontext-dev": [
+        ("prompt", "string", REQUIRED),
+        ("input_image", "uri", REQUIRED),
+        ("aspect_ratio", "string", "match_input_image", [*RATIOS, "match_input_image"]),
+        ("num_inference_steps", "integer", 28, 4, 50),
+        ("guidance", "number", 2.5, 0, 10),
+        ("seed", "integer", None),
+        ("output_format", "string", "webp", FORMATS),
+        ("output_quality", "integer", 80, 0, 100),
+        ("disable_safety_checker", "boolean", False),
+        ("go_fast", "boolean", True),
+    ],
+    "sdxl": [
+        ("prompt", "string", "An astronaut riding a rainbow unicorn"),
+        ("negative_prompt", "string", ""),
+        ("image", "uri", None),
+        ("mask", "uri", None),
+        ("width", "integer", 1024),
+        ("height", "integer", 1024),
+        ("num_outputs", "integer", 1, 1, 4),
+        ("scheduler", "string", "K_EULER", NAMED),
+        ("num_inference_steps", "integer", 50, 1, 500),
+        ("guidance_scale", "number", 7.5, 1, 50),
+        ("prompt_strength", "number", 0.8, 0, 1),
+        ("seed", "integer", None),
+        ("refine", "string", "no_refiner", ["no_refiner", "expert_ensemble_refiner", "base_image_refiner"]),
+        ("high_noise_frac", "number", 0.8, 0, 1),
+        ("refine_steps", "integer", None),
+        ("apply_watermark", "boolean", True),
+        ("lora_scale", "number", 0.6, 0, 1),
+        ("replicate_weights", "string", None),
+        ("disable_safety_checker", "boolean", False),
+    ],
+    "sdxl-controlnet": [
+        ("image", "uri", None),
+        ("prompt", "string", "aerial view, a futuristic research complex in a bright foggy jungle, hard lighting"),
+        ("negative_prompt", "string", "low quality, bad quality, sketches"),
+        ("num_inference_steps", "integer", 50, 1, 500),
+        ("condition_scale", "number", 0.5, 0, 1),
+        ("seed", "integer", 0),
+    ],
+    "sdxl-multi-controlnet": [
+        ("prompt", "string", "An astronaut riding a rainbow unicorn"),
+        ("negative_prompt", "string", ""),
+        ("image", "uri", None),
+        ("mask", "uri", None),
+        ("width", "integer", 768),
+        ("height", "integer", 768),
+        ("sizing_strategy", "string", "width_height",
+         ["width_height", "input_image", "controlnet_1_image", "controlnet_2_image", "controlnet_3_image",
+          "mask_image"]),
+        ("num_outputs", "integer", 1, 1, 4),
+        ("scheduler", "string", "K_EULER", NAMED),
+        ("num_inference_steps", "integer", 30, 1, 500),
+        ("guidance_scale", "number", 7.5, 1, 50),
+        ("prompt_strength", "number", 0.8, 0, 1),
+        ("seed", "integer", None),
+        ("refine", "string", "no_refiner", ["no_refiner", "base_image_refiner"]),
+        ("refine_steps", "integer", None),
+        ("apply_watermark", "boolean", True),
+        ("lora_scale", "number", 0.6, 0, 1),
+        ("lora_weights", "string", None),
+        ("disable_safety_checker", "boolean", False),
+        ("controlnet_1", "string", "none", CONTROLS),
+        ("controlnet_1_image", "uri", None),
+        ("controlnet_1_conditioning_scale", "number", 0.75, 0, 4),
+        ("controlnet_1_start", "number", 0, 0, 1),
+        ("controlnet_1_end", "number", 1, 0, 1),
+        ("controlnet_2", "string", "none", CONTROLS),
+        ("controlnet_2_image", "uri", None),
+        ("controlnet_2_conditioning_scale", "number", 0.75, 0, 4),
+        ("controlnet_2_start", "number", 0, 0, 1),
+        ("controlnet_2_end", "number", 1, 0, 1),
+        ("controlnet_3", "string", "none", CONTROLS),
+        ("controlnet_3_image", "uri", None),
+        ("controlnet_3_conditioning_scale", "number", 0.75, 0, 4),
+        ("controlnet_3_start", "number", 0, 0, 1),
+        ("controlnet_3_end", "number", 1, 0, 1),
+    ],
+}  # fmt: skip
+SINGLE = {"flux-kontext-dev", "sdxl-controlnet"}
+FIELDS = {  # input -> the field of Request it fills
+    "prompt": "prompt",
+    "negative_prompt": "negative_prompt",
+    "image": "image",
+    "input_image": "image",
+    "redux_image": "image_prompt",
+    "mask": "mask",
+    "prompt_strength": "strength",
+    "aspect_ratio": "aspect_ratio",
+    "megapixels": "megapixels",
+    "width": "width",
+    "height": "height",
+    "num_outputs": "num_outputs",
+    "num_inference_steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+    "guidance_scale": "guidance_scale",
+    "scheduler": "scheduler",
+    "seed": "seed",
+    "refine": "refine",
+    "high_noise_frac": "high_noise_frac",
+    "refine_steps": "refine_steps",
+}
+
+each = pytest.mark.parametrize("schema", SCHEMAS.values(), ids=list(SCHEMAS))
+
+
+def complete(schema: Schema) -> dict[str, Any]:
+    """The least that the schema takes."""
+    return {one.name: "https://example.com/x.png" for one in schema.inputs if one.required}
+
+
+def properties(schema: Schema) -> dict[str, Any]:
+    return schema.openapi()["components"]["schemas"]["Input"]["properties"]
+
+
+def refusal(schema: Schema, given: Mapping[str, Any]) -> list[tuple[str, str]]:
+    with pytest.raises(InvalidInput) as caught:
+        schema.validate(given)
+    return [(problem["loc"][-1], problem["msg"]) for problem in caught.value.detail]
+
+
+def test_all_are_written_down() -> None:
+    assert list(SCHEMAS) == list(PUBLISHED)
+    for name, schema in SCHEMAS.items():
+        assert schema.name == name
+        assert schema.title
+
+
+@each
+def test_inputs_are_the_published_ones(schema: Schema) -> None:
+    rows = PUBLISHED[schema.name]
+    assert [one.name for one in schema.inputs] == [row[0] for row in rows]
+    for one, (name, kind, default, *rest) in zip(schema.inputs, rows, strict=True):
+        choices = rest[0] if len(rest) == 1 else []
+        low, high = rest if len(rest) == 2 else (None, None)
+        assert (name, one.type, one.required) == (name, kind, default is REQUIRED)
+        expected = None if default is REQUIRED else default
+        assert (name, one.default, type(one.default)) == (name, expected, type(expected))
+        assert (name, one.ge, one.le) == (name, low, high)
+        assert (name, list(one.choices)) == (name, choices)
+
+
+@each
+def test_openapi_says_the_same(schema: Schema) -> None:
+    document = schema.openapi()
+    schemas = document["components"]["schemas"]
+    rows = PUBLISHED[schema.name]
+    assert schemas["Input"]["required"] == [row[0] for row in rows if row[2] is REQUIRED]
+    for order, (name, kind, default, *rest) in enumerate(rows):
+        shape: dict[str, Any] = {"x-order": order}
+        if len(rest) == 1:
+            shape["allOf"] = [{"$ref": f"#/components/schemas/{name}"}]
+            enum = {"title": name, "description": "An enumeration.", "type": "string", "enum": rest[0]}
+            assert schemas[name] == enum
+        else:
+            shape |= {"type": "string", "format": "uri"} if kind == "uri" else {"type": kind}
+            shape["title"] = " ".join(word.capitalize() for word in name.split("_"))
+        if len(rest) == 2:
+            shape |= {"minimum": rest[0], "maximum": rest[1]}
+        if default is None:
+            shape["nullable"] = True
+        elif default is not REQUIRED:
+            shape["default"] = default
+        found = dict(schemas["Input"]["properties"][name])
+        assert found.pop("description")
+        assert found == shape
+    for name in re.findall(r"#/components/schemas/(\w+)", str(document)):
+        assert name in schemas
+
+
+def test_openapi_of_pictures() -> None:
+    shapes = properties(SCHEMAS["flux-fill-dev"])
+    for name in ("image", "mask"):
+        shapes[name].pop("description")
+    assert shapes["image"] == {"type": "string", "format": "uri", "title": "Image", "x-order": 1}
+    assert shapes["mask"] == {"type": "string", "format": "uri", "title": "Mask", "x-order": 2, "nullable": True}
+
+
+@each
+def test_output(schema: Schema) -> None:
+    found = schema.openapi()["components"]["schemas"]["Output"]
+    if schema.name in SINGLE:
+        assert found == {"type": "string", "format": "uri", "title": "Output"}
+    else:
+        assert found == {"type": "array", "items": {"type": "string", "format": "uri"}, "title": "Output"}
+    assert schema.single == (schema.name in SINGLE)
+
+
+def test_what_sdxl_does_otherwise() -> None:
+    for name, schema in SCHEMAS.items():
+        assert ("output_format" in properties(schema)) == name.startswith("flux")
+        assert schema.output_format == "png"
+        assert schema.returns_controls == (name == "sdxl-multi-controlnet")
+        assert schema.seeds_from_one == (name == "sdxl-controlnet")
+    assert set(NAMED) <= set(SCHEDULERS)
+
+
+@each
+def test_fields_of_request(schema: Schema) -> None:
+    for one in schema.inputs:
+        expected = FIELDS.get(one.name)
+        if (schema.name, one.name) == ("sdxl-controlnet", "image"):
+            expected = None  # it steers; nothing is made from it
+        assert (one.name, one.field) == (one.name, expected)
+    filled = [one.field for one in schema.inputs if one.field is not None]
+    assert len(filled) == len(set(filled))
+
+
+@each
+def test_defaults_stand(schema: Schema) -> None:
+    values = schema.validate(complete(schema))
+    for one in schema.inputs:
+        if not one.required:
+            assert values[one.name] == one.default
+        if one.default is not None:
+            assert one.check(one.default) == one.default
+    nulls = complete(schema) | {one.name: None for one in schema.inputs if one.optional}
+    assert schema.validate(nulls) == values
+
+
+@each
+def test_every_choice(schema: Schema) -> None:
+    for one in schema.inputs:
+        for choice in one.choices:
+            assert schema.validate(complete(schema) | {one.name: choice})[one.name] == choice
+        if one.choices:
+            ((name, message),) = refusal(schema, complete(schema) | {one.name: "nonsense"})
+            assert name == one.name
+            listed = ", ".join(f"'{choice}'" for choice in one.choices[:-1])
+            assert message == f"Input should be {listed} or '{one.choices[-1]}', not 'nonsense'"
+
+
+@each
+def test_every_limit(schema: Schema) -> None:
+    for one in schema.inputs:
+        if one.ge is None or one.le is None:
+            continue
+        for value in (one.ge, one.le):
+            assert schema.validate(complete(schema) | {one.name: value})[one.name] == value
+        for value, words in ((one.ge - 1, f"greater than or equal to {one.ge:g}"),
+                             (one.le + 1, f"less than or equal to {one.le:g}")):  # fmt: skip
+            ((name, message),) = refusal(schema, complete(schema) | {one.name: value})
+            assert (name, message) == (one.name, f"Input should be {words}, not {value!r}")
+
+
+@pytest.mark.parametrize(
+    ("schema", "given", "name", "message"),
+    [
+        ("flux-fill-dev", {"prompt": "x"}, "image", "Field required"),
+        ("flux-fill-dev", {"prompt": "x", "image": None}, "image", "Input should be a valid uri, not None"),
+        ("flux-fill-dev", {"prompt": "x", "image": ""}, "image", "Input should be a valid uri, not ''"),
+        ("flux-fill-dev", {"prompt": "x", "image": " "}, "image", "Input should be a valid uri, not ' '"),
+        ("flux-fill-dev", {"prompt": "x", "image": "a", "mask": 3}, "mask", "Input should be a valid uri, not 3"),
+        ("flux-fill-dev", {"prompt": "x", "image": "a", "mask": [1]}, "mask", "Input should be a valid uri, not [1]"),
+        ("flux-fill-dev", {"prompt": "x", "image": b"a"}, "image", "Input should be a valid uri, not b'a'"),
+        ("flux-fill-dev", {"prompt": "x", "image": True}, "image", "Input should be a valid uri, not True"),
+        ("flux-fill-dev", {"prompt": "x", "image": "a", "lora_scale": 3.5}, "lora_scale",
+         "Input should be less than or equal to 3, not 3.5"),
+        ("flux-canny-dev", {"prompt": "x"}, "control_image", "Field required"),
+        ("flux-depth-dev", {"control_image": "a"}, "prompt", "Field required"),
+        ("flux-redux-dev", {}, "redux_image", "Field required"),
+        ("flux-redux-schnell", {"redux_image": "a", "num_inference_steps": 5}, "num_inference_steps",
+         "Input should be less than or equal to 4, not 5"),
+        ("flux-kontext-dev", {"prompt": "x", "input_image": "a", "num_inference_steps": 3}, "num_inference_steps",
+         "Input should be greater than or equal to 4, not 3"),
+        ("flux-dev", {"prompt": "x", "prompt_strength": 1.5}, "prompt_strength",
+         "Input should be less than or equal to 1, not 1.5"),
+        ("flux-dev", {"prompt": "x", "prompt_strength": "0.5"}, "prompt_strength",
+         "Input should be a valid number, not '0.5'"),
+        ("flux-dev", {"prompt": "x", "prompt_strength": None}, "prompt_strength",
+         "Input should be a valid number, not None"),
+        ("flux-dev", {"prompt": "x", "prompt_strength": float("nan")}, "prompt_strength",
+         "Input should be a valid number, not nan"),
+        ("flux-dev", {"prompt": "x", "guidance": True}, "guidance", "Input should be a valid number, not True"),
+        ("flux-dev", {"prompt": "x", "seed": "42"}, "seed", "Input should be a valid integer, not '42'"),
+        ("sdxl", {"scheduler": "Keros Euler"}, "scheduler",
+         "Input should be 'DDIM', 'DPMSolverMultistep', 'HeunDiscrete', 'KarrasDPM', 'K_EULER_ANCESTRAL', 'K_EULER' "
+         "or 'PNDM', not 'Keros Euler'"),
+        ("sdxl", {"width": 512.5}, "width", "Input should be a valid integer, not 512.5"),
+        ("sdxl", {"apply_watermark": 1}, "apply_watermark", "Input should be a valid boolean, not 1"),
+        ("sdxl", {"negative_prompt": None}, "negative_prompt", "Input should be a valid string, not None"),
+        ("sdxl-multi-controlnet", {"controlnet_2": None}, "controlnet_2", "Input should be a valid string, not None"),
+        ("sdxl-multi-controlnet", {"controlnet_3_end": 1.1}, "controlnet_3_end",
+         "Input should be less than or equal to 1, not 1.1"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused(schema: str, given: dict[str, Any], name: str, message: str) -> None:
+    assert refusal(SCHEMAS[schema], given) == [(name, message)]
+
+
+def test_what_another_schema_takes_is_refused() -> None:
+    ((name, message),) = refusal(SCHEMAS["flux-redux-dev"], {"redux_image": "a", "prompt": "x"})
+    assert name == "prompt"
+    assert message.startswith("Unexpected input; flux-redux-dev takes redux_image, aspect_ratio, ")
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["https://example.com/a.png", "data:image/png;base64,AAAA", "a.png", Path("a.png"), io.BytesIO(b"")],
+    ids=repr,
+)
+def test_pictures_pass_as_they_are(value: object) -> None:
+    """Nothing is opened, fetched or even looked for."""
+    assert SCHEMAS["flux-dev"].validate({"prompt": "x", "image": value})["image"] is value
+    assert SCHEMAS["flux-canny-dev"].validate({"prompt": "x", "control_image": value})["control_image"] is value
+
+
+def test_what_is_sent_unasked_for() -> None:
+    """Explicit nulls, as a third of the published examples with pictures have them."""
+    values = SCHEMAS["sdxl"].validate({"image": None, "mask": None, "seed": None, "refine_steps": None, "width": 768.0})
+    assert [values[name] for name in ("image", "mask", "seed", "refine_steps", "width")] == [
+        None,
+        None,
+        None,
+        None,
+        768,
+    ]
+
+
+def test_a_refused_picture_is_not_repeated_in_full() -> None:
+    ((_, message),) = refusal(SCHEMAS["flux-dev"], {"prompt": "x", "image": b"\x89PNG" * 1_000_000})
+    assert message.startswith("Input should be a valid uri, not b'\\x89PNG")
+    assert len(message) < 200
+
+
+def test_a_variation_leaves_its_original_alone() -> None:
+    one = Input(name="image", type="uri", description="A picture")
+    assert replace(one, required=True).optional is False
+    assert one.optional
