@@ -37,21 +37,23 @@ def pair(name: str, value: object) -> tuple[int, int] | None:
     return integer(name, value[0], 0, MAX_SIDE_TOLD), integer(name, value[1], 0, MAX_SIDE_TOLD)
 
 
-def integer(name: str, value: object, low: int, high: int) -> int:
-    """Accepts what stands for an integer (numpy's, too) and nothing that only looks like one (True, 3.5, "3")."""
+def integer(name: str, value: object, low: int, high: int, *, field: str | None = None) -> int:
+    """Accepts what stands for an integer (numpy's, too) and nothing that only looks like one (True, 3.5, "3").
+
+    `field` is the request's, where the name is not."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise InvalidRequest(f"{name} {value!r} is not an integer", field=name)
+        raise InvalidRequest(f"{name} {value!r} is not an integer", field=field or name)
     found = value.__index__()  # pyright: ignore[reportAttributeAccessIssue]
     if not low <= found <= high:
-        raise InvalidRequest(f"{name} {found} is outside {low} to {high}", field=name)
+        raise InvalidRequest(f"{name} {found} is outside {low} to {high}", field=field or name)
     return found
 
 
-def number(name: str, value: object, low: float, high: float) -> float:
+def number(name: str, value: object, low: float, high: float, *, field: str | None = None) -> float:
     """A finite number within limits."""
     if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
-        raise InvalidRequest(f"{name} {value!r} is not a number", field=name)
+        raise InvalidRequest(f"{name} {value!r} is not a number", field=field or name)
     found = float(value)  # pyright: ignore[reportArgumentType]
     if not math.isfinite(found) or not low <= found <= high:
-        raise InvalidRequest(f"{name} {found} is outside {low:g} to {high:g}", field=name)
+        raise InvalidRequest(f"{name} {found} is outside {low:g} to {high:g}", field=field or name)
     return found

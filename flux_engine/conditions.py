@@ -27,7 +27,9 @@ def build_condition(job: Job, family: Family[Any]) -> Condition:
     fills = spec.reads == "fill" and picture is not None and mask is not None
     keeps = mask is not None and not fills
     maps = [
-        one.image if one.preprocessor is None else preprocess(one.preprocessor, one.image, **one.options)
+        one.image
+        if one.preprocessor is None
+        else preprocess(one.preprocessor, one.image, device=str(family.net.device), **one.options)
         for one in inputs.controls
     ]
     channels = family.fill_channels(picture * 2 - 1, mask) if fills else None

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 
 from flux_engine.checks import check_text, integer, number, pair
 from flux_engine.errors import InvalidRequest, did_you_mean
-from flux_engine.inputs import Inputs, PictureFields, following
+from flux_engine.inputs import Inputs, PictureFields
 from flux_engine.specs import LCM_STEPS, REFINER_STRENGTH, SCHEDULERS, ModelSpec, SDXLSpec
 
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -144,6 +144,8 @@ class Request(PictureFields):
             if ratio in (None, MATCH_INPUT_IMAGE) and leading is not None:
                 if self.resize == "none":
                     return self._checked_size(spec, *leading, [])
+                from flux_engine.inputs.following import following  # needs PIL, which nothing else here does
+
                 return following(leading, sizes, megapixels)
             if ratio == MATCH_INPUT_IMAGE:
                 raise InvalidRequest(f"aspect_ratio {ratio!r}: there is no picture to match", field="aspect_ratio")

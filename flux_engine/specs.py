@@ -77,8 +77,13 @@ class SizeTable:
     """How a size follows that of a picture which comes with the request, if it says none itself."""
     follow_limit: int = 1440
     """Longest side that follows a picture, before the divisor."""
-    ratios: Mapping[str, tuple[int, int]] = field(default_factory=lambda: PUBLISHED_SIZES)
-    """Aspect ratio -> (width, height) at one megapixel."""
+    table: Literal["flux", "kontext"] = "flux"
+    """Which aspect ratios it has."""
+
+    @property
+    def ratios(self) -> Mapping[str, tuple[int, int]]:
+        """Aspect ratio -> (width, height) at one megapixel."""
+        return KONTEXT_RATIOS if self.table == "kontext" else PUBLISHED_SIZES
 
     def named(self, aspect_ratio: str, megapixels: str | None = None) -> tuple[int, int]:
         """(width, height) of a published aspect ratio. Raises InvalidRequest for a name that is not in the table."""
@@ -273,7 +278,7 @@ FLUX_KONTEXT = replace(
     name="flux-kontext-dev",
     guidance_scale=2.5,
     reads="reference",
-    sizes=SizeTable(follow="preferred", ratios=KONTEXT_RATIOS, classes=("1",)),
+    sizes=SizeTable(follow="preferred", table="kontext", classes=("1",)),
 )
 
 # Draws at a quarter of the published sizes: 1:1 is 256 px at one megapixel, 128 px at a quarter of it.

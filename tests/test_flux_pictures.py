@@ -152,7 +152,9 @@ def test_a_black_mask_gives_the_picture_back_and_a_white_one_is_img2img(dev: Eng
     black, white = (Image.new("L", SIZE, value) for value in (0, 255))
     kept = dev(PROMPT, image=picture(), mask=black, seed=3, num_inference_steps=2)
     assert np.array_equal(np.asarray(kept.image), np.asarray(picture()))
-    encoded = dev(PROMPT, image=picture(), mask=black, seed=3, num_inference_steps=2, paste_back=False, output_type="pt")
+    encoded = dev(
+        PROMPT, image=picture(), mask=black, seed=3, num_inference_steps=2, paste_back=False, output_type="pt"
+    )
     assert torch.allclose(encoded.image, rounded_trip(dev, picture()), atol=1e-4)
     masked = run(dev, image=picture(), mask=white, strength=0.7)
     assert torch.equal(masked, run(dev, image=picture(), strength=0.7))

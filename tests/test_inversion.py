@@ -21,9 +21,9 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import save, save_file
 
 import flux_engine
+from flux_engine.checks import MAX_PROMPT_CHARACTERS
 from flux_engine.engine import Engine
 from flux_engine.errors import InvalidRequest, WeightsError
-from flux_engine.checks import MAX_PROMPT_CHARACTERS
 from flux_engine.text import inversion
 from flux_engine.text.sdxl import SDXLTextEncoder
 

@@ -29,8 +29,6 @@ LEVELS = {
     "request": 3.6,
     "files": 1,
     "images": 1.1,
-    "guarded": 1,
-    "pictures": 1.1,
     "hardware": 1,
     "ops": 1,
     "attention": 1,

@@ -1,0 +1,70 @@
+"""Outpainting: a picture with room around it, and the room's mask. After this it is inpainting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from PIL import Image
+
+from flux_engine.checks import integer
+from flux_engine.errors import InvalidRequest
+from flux_engine.specs import SizeTable
+
+OVERLAP = 8
+"""Pixels of the picture, along each side with room, that are repainted too, so that the room goes on from it."""
+
+
+def with_room(image: Image.Image, room: object, sizes: SizeTable) -> tuple[Image.Image, Image.Image]:
+    """RGB -> canvas, RGB, and mask, L, both of a size that the model draws. The picture is scaled down if it has to be,
+    never stretched.
+
+    `room` is pixels of the picture (left, top, right, bottom), or the size to come to (width, height), with the picture
+    in the middle. Raises InvalidRequest.
+    """
+    left, top, right, bottom = _margins(image.size, room, sizes)
+    wanted = image.width + left + right, image.height + top + bottom
+    shrink = min(1.0, sizes.follow_limit // sizes.divisor / max(wanted))
+    if shrink < 1:
+        image = image.resize(
+            (max(1, int(image.width * shrink)), max(1, int(image.height * shrink))), Image.Resampling.LANCZOS
+        )
+    left, width = _along(image.width, round(left * shrink), round(right * shrink), sizes)
+    top, height = _along(image.height, round(top * shrink), round(bottom * shrink), sizes)
+    canvas = Image.new("RGB", (width, height), (127, 127, 127))
+    canvas.paste(image, (left, top))
+    mask = Image.new("L", canvas.size, 255)
+    kept = (
+        left + (OVERLAP if left else 0),
+        top + (OVERLAP if top else 0),
+        left + image.width - (OVERLAP if left + image.width < width else 0),
+        top + image.height - (OVERLAP if top + image.height < height else 0),
+    )
+    if kept[0] < kept[2] and kept[1] < kept[3]:
+        mask.paste(0, kept)
+    return canvas, mask
+
+
+def _margins(size: tuple[int, int], room: object, sizes: SizeTable) -> tuple[int, int, int, int]:
+    if not isinstance(room, Sequence) or isinstance(room, str) or len(room) not in (2, 4):
+        raise InvalidRequest(
+            f"outpaint {room!r} is neither (left, top, right, bottom) nor (width, height)", field="outpaint"
+        )
+    sides = [integer("outpaint", side, 0, 16 * sizes.max_side) for side in room]
+    if len(sides) == 2:
+        extra = [there - here for there, here in zip(sides, size, strict=True)]
+        if min(extra) < 0:
+            raise InvalidRequest(
+                f"outpaint to {sides[0]}x{sides[1]}: the picture is larger, {size[0]}x{size[1]}", field="outpaint"
+            )
+        sides = [extra[0] // 2, extra[1] // 2, extra[0] - extra[0] // 2, extra[1] - extra[1] // 2]
+    if not any(sides):
+        raise InvalidRequest(f"outpaint {tuple(room)} leaves no room to paint", field="outpaint")
+    return sides[0], sides[1], sides[2], sides[3]
+
+
+def _along(side: int, before: int, after: int, sizes: SizeTable) -> tuple[int, int]:
+    """Where the picture begins along a side of the canvas, and how long that is: a multiple, and no less than the model
+    draws. What is added for that goes where there is room already."""
+    least = max(before + side + after, sizes.min_side)
+    length = -(-least // sizes.multiple) * sizes.multiple
+    return (length - side - after if before and not after else before), length
