@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from flux_engine import hub
-from flux_engine.assemble import file_of
 from flux_engine.config import EngineConfig
 from flux_engine.errors import InvalidRequest, UnknownModel, UnsupportedError, WeightsError, did_you_mean
 from flux_engine.ledger import Ledger
@@ -32,6 +31,8 @@ def find_controlnets(
     """
     if isinstance(asked, (str, os.PathLike)) or not isinstance(asked, (Sequence, Mapping)):
         raise InvalidRequest(f"controlnets {asked!r} is neither a list nor a mapping", field="controlnets")
+    from flux_engine.assemble import file_of  # needs torch, which what a request may ask of them does not
+
     if asked and spec.reads == "reference":
         raise UnsupportedError(f"{spec.name} takes no ControlNets: none was made for it")
     known = hub.manifests(config.weights)

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 
 from flux_engine.checks import check_text, integer, number, pair
 from flux_engine.errors import InvalidRequest, did_you_mean
-from flux_engine.inputs import Inputs, PictureFields
+from flux_engine.inputs import Brought, Inputs, PictureFields
 from flux_engine.specs import LCM_STEPS, REFINER_STRENGTH, SCHEDULERS, ModelSpec, SDXLSpec
 
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -90,8 +90,7 @@ class Request(PictureFields):
                 field="num_outputs",
             )
         brought = self._pictures(spec, notes)
-        leading = brought.leading.size if brought and brought.leading else None
-        width, height = self._size(spec, leading, notes)
+        width, height = self._size(spec, brought, notes)
         inputs = brought.at((width, height), spec, notes) if brought else Inputs()
         steps = (
             spec.num_inference_steps
@@ -136,13 +135,17 @@ class Request(PictureFields):
             notes=tuple(notes),
         )
 
-    def _size(self, spec: ModelSpec, leading: tuple[int, int] | None, notes: list[str]) -> tuple[int, int]:
-        """(width, height), after the `leading` picture if nothing is said."""
+    def _size(self, spec: ModelSpec, brought: Brought | None, notes: list[str]) -> tuple[int, int]:
+        """(width, height), after the picture that was brought if nothing is said."""
+        said = [name for name in ("width", "height", "aspect_ratio", "megapixels") if getattr(self, name) is not None]
+        if self.outpaint is not None and said:
+            raise InvalidRequest(f"{said[0]} and outpaint exclude each other: outpaint says the size", field=said[0])
         sizes = spec.sizes
         if self.width is None and self.height is None:
             ratio, megapixels = self.aspect_ratio, _text_of(self.megapixels)
-            if ratio in (None, MATCH_INPUT_IMAGE) and leading is not None:
-                if self.resize == "none":
+            if ratio in (None, MATCH_INPUT_IMAGE) and brought is not None and brought.leading is not None:
+                leading = brought.leading.size
+                if brought.resize == "none":
                     return self._checked_size(spec, *leading, [])
                 from flux_engine.inputs.following import following  # needs PIL, which nothing else here does
 

@@ -12,6 +12,8 @@
     python scripts/train_demo.py sdxl-text         # its second text encoder; the first is FLUX's
     python scripts/train_demo.py sdxl-base         # the UNet, on latents of --vae sdxl-vae
     python scripts/train_demo.py sdxl-turbo        # and demo-sdxl-turbo
+    python scripts/train_demo.py canny             # a ControlNet for demo-schnell
+    python scripts/train_demo.py sdxl-canny        # and one for demo-sdxl
     python scripts/train_demo.py export            # into weights/, with hashes and curves
     python scripts/train_demo.py checkpoint RUN    # keep what a run has reached in weights/checkpoints
 
@@ -31,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from training import export, flux, latents, text, unet, vae  # noqa: E402
+from training import control, export, flux, latents, text, unet, vae  # noqa: E402
 
 from flux_engine.specs import MEGAPIXELS  # noqa: E402
 
@@ -88,6 +90,9 @@ def main() -> None:
             command.add_argument("--start", type=Path, help="weights to start from, a safetensors file")
         if name == "base":
             command.add_argument("--thin", type=float, default=0.8, help="share of those with half of their tokens")
+
+    part("canny", control.train_flux, steps=1500, lr=4e-4, batch=8)
+    part("sdxl-canny", control.train_unet, steps=1200, lr=4e-4, batch=8)
 
     kept = commands.add_parser("checkpoint")
     kept.add_argument("names", nargs="+", metavar="RUN")

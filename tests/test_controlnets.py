@@ -181,13 +181,15 @@ def check_controls(draw: Callable[[list[Control]], torch.Tensor], mine: torch.Te
     for nets in (
         [second],
         [first],
-        [replace(first, image=Image.new("RGB", SIZE, "white")), second],
-        [first, replace(second, image=Image.new("RGB", SIZE, "white"))],
         [replace(first, scale=0.2), second],
         [first, replace(second, start=0.4)],
         [first, replace(second, end=1.0)],
     ):
         assert latent_error(draw(nets), mine) >= 1e-2
+    for one in BOTH:
+        whole = replace(one, start=0.0, end=1.0)
+        white = replace(whole, image=Image.new("RGB", SIZE, "white"))
+        assert latent_error(draw([white]), draw([whole])) >= 1e-2
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["img2img", "inpaint"])

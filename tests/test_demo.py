@@ -14,7 +14,7 @@ from benchmarks import adherence, oracle, world
 from benchmarks.adherence import Report, from_captions
 from benchmarks.prompts import PROMPTS
 from flux_engine.engine import Engine
-from flux_engine.specs import DEMO_DEV
+from flux_engine.specs import DEMO_DEV, DEMO_SDXL
 
 SEED = 2024
 
@@ -123,3 +123,43 @@ def test_the_guidance_of_demo_dev_makes_it_follow_the_caption(dev: Engine) -> No
     """Rising up to the default, from none at all."""
     shares = [share(measured(dev, 60, guidance=guidance, steps=14).adherence) for guidance in (0.0, 0.5, 1.0, 3.5)]
     assert shares[0] < 0.1 and shares[0] < shares[1] < shares[2] <= shares[3], shares
+
+
+@pytest.fixture(scope="module")
+def sdxl() -> Engine:
+    return flux_engine.load("demo-sdxl")
+
+
+@pytest.mark.full
+def test_demo_sdxl_draws_what_it_is_asked_for(sdxl: Engine) -> None:
+    assert share(measured(sdxl, 400, held_out=True).adherence) >= 0.90
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("steps", [None, 2])
+def test_demo_sdxl_turbo_draws_in_few_steps(steps: int | None) -> None:
+    report = measured(flux_engine.load("demo-sdxl-turbo"), 400, steps=steps)
+    assert share(report.adherence) >= (0.85 if steps is None else 0.75)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("size", dict.fromkeys(adherence.all_sizes(DEMO_SDXL)), ids=lambda size: f"{size[0]}x{size[1]}")
+def test_every_size_of_demo_sdxl(sdxl: Engine, size: tuple[int, int]) -> None:
+    assert share(measured(sdxl, 50, sizes=[size]).adherence) >= 0.80
+
+
+@pytest.mark.full
+def test_a_negative_prompt_takes_a_color_away(sdxl: Engine) -> None:
+    """Of the colours that a prompt leaves open, each of the three that come most often comes a fifth as often, all three
+    taken together, where the negative prompt names it."""
+    prompt, count = "a large circle on a white background", 60
+
+    def colors(**asked: Any) -> list[str]:
+        pictures = (sdxl(prompt, seed=seed, **asked).image for seed in range(count))
+        return [found.color for picture in pictures for found in oracle.read(picture).objects[:1]]
+
+    plain = colors()
+    often = sorted({color for color in plain if color}, key=plain.count, reverse=True)[:3]
+    left = {color: colors(negative_prompt=f"a large {color} circle").count(color) for color in often}
+    print({color: (plain.count(color), left[color]) for color in often})  # noqa: T201
+    assert sum(left.values()) * 5 <= sum(map(plain.count, often))

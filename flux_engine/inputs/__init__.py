@@ -12,6 +12,6 @@ Everything here is PIL's, and nothing needs torch.
 """
 
 from flux_engine.inputs.control import Control
-from flux_engine.inputs.fields import Inputs, PictureFields
+from flux_engine.inputs.fields import Brought, Inputs, PictureFields
 
-__all__ = ["Control", "Inputs", "PictureFields"]
+__all__ = ["Brought", "Control", "Inputs", "PictureFields"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -63,8 +63,10 @@ def read_controls(sent: Any, spec: ModelSpec, *, urls: bool) -> list[ControlInpu
     """Every control picture of a request. Raises InvalidRequest, and UnsupportedError for a preprocessor that lacks a
     package."""
     several = [sent] if isinstance(sent, (Control, Mapping)) else sent
-    if not isinstance(several, Sequence) or isinstance(several, (str, bytes)):
-        raise InvalidRequest(f"control {sent!r:.80} is no list of Control(kind=..., image=...)", field="control")
+    if not isinstance(several, (tuple, list)):
+        raise InvalidRequest(
+            f"control is a {type(sent).__name__}, no list of Control(kind=..., image=...)", field="control"
+        )
     return [_read(_as_control(one), spec, urls=urls) for one in several]
 
 
@@ -73,8 +75,9 @@ def _as_control(one: Any) -> Control:
     if isinstance(one, Control):
         return one
     if not isinstance(one, Mapping) or not {"kind", "image"} <= one.keys() <= set(known):
+        found = ", ".join(map(str, one)) if isinstance(one, Mapping) else f"a {type(one).__name__}"
         raise InvalidRequest(
-            f"a control is a Control, or has kind and image, and may have {', '.join(known[2:])}; not {one!r:.80}",
+            f"a control is a Control, or has kind and image, and may have {', '.join(known[2:])}; not {found:.80}",
             field="control",
         )
     return Control(**{str(key): value for key, value in one.items()})
@@ -84,10 +87,16 @@ def _read(control: Control, spec: ModelSpec, *, urls: bool) -> ControlInput:
     from flux_engine import pictures
 
     kind = control.kind
+    if not isinstance(kind, str):
+        raise InvalidRequest(f"control: a kind is a {type(kind).__name__}, not a string", field="control")
+    if spec.reads == "reference":
+        raise InvalidRequest(
+            f"control: {spec.name} takes no control pictures, only an image to change", field="control"
+        )
     if kind not in spec.controls:
-        near = did_you_mean(str(kind), spec.controls) if spec.controls else "."
+        near = did_you_mean(kind, spec.controls) if spec.controls else "."
         known = f"Known: {', '.join(spec.controls)}" if spec.controls else "load(..., controlnets=...)"
-        raise InvalidRequest(f"{spec.name} has no control {kind!r}{near} {known}", field="control")
+        raise InvalidRequest(f"{spec.name} has no control {kind!r:.40}{near} {known}", field="control")
     own = spec.reads == "structure" and kind == spec.structure
     if own and (control.scale, control.start, control.end) != (1.0, 0.0, 1.0):
         raise InvalidRequest(
@@ -113,10 +122,12 @@ def _preprocessor(control: Control, *, own: bool) -> tuple[str | None, Mapping[s
         return None, {}
     asked = PREPROCESSORS.get(control.kind, control.kind) if control.preprocess is True else control.preprocess
     options = control.options or (CANNY_OF_FLUX if own and asked == "canny" else {})
+    if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
+        raise InvalidRequest(f"control {control.kind}: options are no mapping of names to values", field="control")
     try:
         preprocess.check(asked, **options)
     except InvalidRequest as error:
         raise InvalidRequest(f"control {control.kind}: {error}", field="control") from None
     except FluxEngineError as error:
         raise type(error)(f"control {control.kind}: {error}; preprocess=False takes a picture as it is") from None
-    return str(asked), options
+    return str(asked), dict(options)

@@ -52,6 +52,7 @@ class Brought:
     prompts: tuple[Image, ...] = ()
     prompt_strength: float = 1.0
     resize: str = "stretch"
+    resize_controls: str = "stretch"
 
     @property
     def leading(self) -> Image | None:
@@ -64,26 +65,34 @@ class Brought:
         from flux_engine import pictures
         from flux_engine.inputs.following import preferred
 
-        def fit(image: Image, name: str) -> Image:
+        def fit(image: Image, name: str, how: str) -> Image:
             wide, high = image.size[0] / size[0], image.size[1] / size[1]
-            if self.resize == "stretch" and max(wide, high) / min(wide, high) > 1.05:
+            if how == "stretch" and max(wide, high) / min(wide, high) > 1.05:
                 notes.append(
                     f"{name} {image.size[0]}x{image.size[1]} stretched to {size[0]}x{size[1]}; resize='cover' cuts it, "
                     "'contain' puts edges round it"
                 )
-            return pictures.fit(image, size, self.resize, field="resize" if self.resize == "none" else name)
+            if how == "none" and image.size != size:
+                raise InvalidRequest(
+                    f"{name} is {image.size[0]}x{image.size[1]}, and {size[0]}x{size[1]} is drawn: with resize='none' "
+                    f"they have to be one, and multiples of {spec.sizes.multiple}; or choose stretch, cover or contain",
+                    field="resize",
+                )
+            return pictures.fit(image, size, how)
 
         reference = self.reference
         if reference is not None:
             size_of_its_own = pictures.nearest_aspect(reference.size, preferred(spec.sizes))
             reference = pictures.fit(reference, size_of_its_own, "stretch")
         return Inputs(
-            image=None if self.image is None else fit(self.image, "image"),
+            image=None if self.image is None else fit(self.image, "image", self.resize),
             mask=None if self.mask is None else pictures.fit(self.mask, size, self.resize, background=0),
             strength=self.strength,
             paste_back=self.paste_back,
             reference=reference,
-            controls=tuple(replace(one, image=fit(one.image, f"control {one.kind}")) for one in self.controls),
+            controls=tuple(
+                replace(one, image=fit(one.image, f"control {one.kind}", self.resize_controls)) for one in self.controls
+            ),
             prompts=self.prompts,
             prompt_strength=self.prompt_strength,
         )
@@ -120,23 +129,17 @@ class PictureFields:
 
     def _pictures(self, spec: ModelSpec, notes: list[str]) -> Brought | None:
         """Read every picture, or None where none was sent. Raises InvalidRequest."""
+        self._check_types()
         if not any(self._sent(one.name) for one in fields(PictureFields) if one.name != "allow_urls"):
             _check_complete(spec, Brought())
             return None
         self._check_fit(spec)
-        from flux_engine import pictures
-
-        how = "stretch" if self.resize is None else self.resize
-        if how not in pictures.RESIZES:
-            raise InvalidRequest(f"resize {how!r} is not one of {', '.join(pictures.RESIZES)}", field="resize")
-        for name in ("paste_back", "allow_urls"):
-            if getattr(self, name) not in (None, True, False):
-                raise InvalidRequest(f"{name} {getattr(self, name)!r} is neither True nor False", field=name)
         image, mask = self._image_and_mask(spec, notes)
         begins = image is not None and mask is None and spec.reads != "reference"
         default = IMG2IMG_STRENGTH if begins else 1.0
         strength = default if self.strength is None else number("strength", self.strength, 0, 1)
         told = self.image_prompt_strength
+        how = "stretch" if self.resize is None else self.resize
         brought = Brought(
             image=None if spec.reads == "reference" else image,
             reference=image if spec.reads == "reference" else None,
@@ -146,14 +149,28 @@ class PictureFields:
             controls=tuple(read_controls(self.control, spec, urls=self.allow_urls)),
             prompts=tuple(self._prompts()),
             prompt_strength=1.0 if told is None else number("image_prompt_strength", told, 0, MAX_SCALE),
-            resize=how,
+            resize="none" if self.outpaint is not None else how,  # a canvas is of the job's size already
+            resize_controls=how,
         )
         _check_complete(spec, brought)
         return brought
 
     def _sent(self, name: str) -> bool:
         value = getattr(self, name)
-        return value is not None and not (isinstance(value, (tuple, list)) and not value)
+        none = name in ("control", "image_prompt") and isinstance(value, (tuple, list)) and not value
+        return value is not None and not none
+
+    def _check_types(self) -> None:
+        for name, value in (("paste_back", self.paste_back), ("allow_urls", self.allow_urls)):
+            if not isinstance(value, bool) and (name != "paste_back" or value is not None):
+                raise InvalidRequest(f"{name} is a {type(value).__name__}, not True or False", field=name)
+        if self.resize is None:
+            return
+        from flux_engine.pictures import RESIZES
+
+        if not isinstance(self.resize, str) or self.resize not in RESIZES:
+            said = repr(self.resize)[:40] if isinstance(self.resize, str) else f"(a {type(self.resize).__name__})"
+            raise InvalidRequest(f"resize {said} is not one of {', '.join(RESIZES)}", field="resize")
 
     def _check_fit(self, spec: ModelSpec) -> None:
         """Whether what was sent goes together, and with the model."""

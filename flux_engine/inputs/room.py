@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from PIL import Image
 
 from flux_engine.checks import integer
@@ -23,7 +21,7 @@ def with_room(image: Image.Image, room: object, sizes: SizeTable) -> tuple[Image
     """
     left, top, right, bottom = _margins(image.size, room, sizes)
     wanted = image.width + left + right, image.height + top + bottom
-    shrink = min(1.0, sizes.follow_limit // sizes.divisor / max(wanted))
+    shrink = min(1.0, sizes.max_side / max(wanted), (sizes.max_pixels / (wanted[0] * wanted[1])) ** 0.5)
     if shrink < 1:
         image = image.resize(
             (max(1, int(image.width * shrink)), max(1, int(image.height * shrink))), Image.Resampling.LANCZOS
@@ -45,9 +43,10 @@ def with_room(image: Image.Image, room: object, sizes: SizeTable) -> tuple[Image
 
 
 def _margins(size: tuple[int, int], room: object, sizes: SizeTable) -> tuple[int, int, int, int]:
-    if not isinstance(room, Sequence) or isinstance(room, str) or len(room) not in (2, 4):
+    if not isinstance(room, (tuple, list)) or len(room) not in (2, 4):
+        said = f"has {len(room)} numbers" if isinstance(room, (tuple, list)) else f"is a {type(room).__name__}"
         raise InvalidRequest(
-            f"outpaint {room!r} is neither (left, top, right, bottom) nor (width, height)", field="outpaint"
+            f"outpaint {said}: say (left, top, right, bottom), or (width, height) to come to", field="outpaint"
         )
     sides = [integer("outpaint", side, 0, 16 * sizes.max_side) for side in room]
     if len(sides) == 2:

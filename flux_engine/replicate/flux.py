@@ -16,7 +16,7 @@ from flux_engine.replicate.inputs import (
     SEED,
     STEPS,
 )
-from flux_engine.replicate.schema import Input, Schema
+from flux_engine.replicate.schema import Input, Schema, Steering
 from flux_engine.specs import MEGAPIXELS, PUBLISHED_SIZES
 
 ASPECT_RATIO = Input(
@@ -106,6 +106,7 @@ FLUX_SCHNELL = Schema(
 FLUX_DEV = Schema(
     name="flux-dev",
     title="FLUX.1 dev",
+    sizes_without_image=("aspect_ratio", "megapixels"),
     inputs=(
         PROMPT,
         ASPECT_RATIO,
@@ -128,6 +129,7 @@ FLUX_KREA_DEV = replace(FLUX_DEV, name="flux-krea-dev", title="FLUX.1 Krea dev")
 FLUX_FILL_DEV = Schema(
     name="flux-fill-dev",
     title="FLUX.1 Fill dev",
+    needs={"mask": "say what to paint: a mask, or an image that is transparent there"},
     inputs=(
         PROMPT,
         replace(IMAGE, required=True, description="Picture to paint in; its transparency can be the mask"),
@@ -148,6 +150,7 @@ FLUX_FILL_DEV = Schema(
 FLUX_CANNY_DEV = Schema(
     name="flux-canny-dev",
     title="FLUX.1 Canny dev",
+    steering=(Steering(image="control_image", kind="canny"),),
     inputs=(
         PROMPT,
         CONTROL_IMAGE,
@@ -165,6 +168,7 @@ FLUX_CANNY_DEV = Schema(
 FLUX_DEPTH_DEV = Schema(
     name="flux-depth-dev",
     title="FLUX.1 Depth dev",
+    steering=(Steering(image="control_image", kind="depth"),),
     inputs=(
         PROMPT,
         replace(CONTROL_IMAGE, description="Picture whose depth is estimated and followed"),
@@ -182,6 +186,9 @@ FLUX_DEPTH_DEV = Schema(
 FLUX_REDUX_DEV = Schema(
     name="flux-redux-dev",
     title="FLUX.1 Redux dev",
+    model="flux-dev",
+    redux="flux-redux-dev",
+    always={"prompt": ""},
     inputs=(
         REDUX_IMAGE,
         ASPECT_RATIO,
@@ -199,6 +206,9 @@ FLUX_REDUX_DEV = Schema(
 FLUX_REDUX_SCHNELL = Schema(
     name="flux-redux-schnell",
     title="FLUX.1 Redux schnell",
+    model="flux-schnell",
+    redux="flux-redux-dev",
+    always={"prompt": ""},
     inputs=(
         REDUX_IMAGE,
         ASPECT_RATIO,
@@ -215,6 +225,7 @@ FLUX_REDUX_SCHNELL = Schema(
 FLUX_KONTEXT_DEV = Schema(
     name="flux-kontext-dev",
     title="FLUX.1 Kontext dev",
+    edits=True,
     single=True,
     inputs=(
         replace(PROMPT, description="What to change in the picture, or what to make of it"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from flux_engine.errors import InvalidRequest
@@ -116,13 +116,63 @@ class InvalidInput(InvalidRequest):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class Steering:
+    """Inputs that together bring a control picture."""
+
+    image: str
+    """The input with the picture."""
+    kind: str = ""
+    """The kind of control picture, where it is always the same."""
+    chosen: str = ""
+    """The input that says what makes the control picture, where it is not; "none" is for no control picture."""
+    kinds: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    """What that input may say -> the kinds that answer for it, of which the first that is loaded does."""
+    settings: Mapping[str, str] = field(default_factory=dict[str, str])
+    """scale, start or end -> the input that says it."""
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """What the preprocessor is told."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizing:
+    """A size after a picture: of a table, the one of the nearest aspect."""
+
+    table: Literal["buckets", "1024 wide"]
+    """The sizes that SDXL was taught, or every 64 pixels of height at 1024 of width."""
+    image: str = ""
+    """The input with the picture, where it is always the same."""
+    chosen: str = ""
+    """The input that says which, where it is not."""
+    images: Mapping[str, str] = field(default_factory=dict[str, str])
+    """What that input may say -> the input with the picture; whatever else it says leaves the size alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Schema:
-    """A published input schema."""
+    """A published input schema, and what is particular to the models behind it."""
 
     name: str
     title: str
     inputs: tuple[Input, ...]
+    model: str = ""
+    """The model that speaks it, where that has another name."""
+    controlnets: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Kind of control picture -> the ControlNet that is published with it."""
+    redux: str | None = None
+    """The adapter that is loaded with it."""
+    refiner: str | None = None
+    """The refiner that is loaded with it."""
+    edits: bool = False
+    """Whether the model has to be one that changes a picture as the prompt says."""
+    always: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Fields of Request that no input fills."""
+    needs: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Inputs that may be left out by the declaration, and without which there is nothing to do -> why."""
+    sizes_without_image: tuple[str, ...] = ()
+    """Inputs for the size that count for nothing where a prediction starts from a picture alone: it has its size."""
+    sizing: Sizing | None = None
+    steering: tuple[Steering, ...] = ()
     single: bool = False
     """Whether a prediction is one picture, not a list of them."""
     output_format: str = "png"

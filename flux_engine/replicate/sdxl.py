@@ -16,7 +16,7 @@ from flux_engine.replicate.inputs import (
     SEED,
     STEPS,
 )
-from flux_engine.replicate.schema import Input, Schema
+from flux_engine.replicate.schema import Input, Schema, Sizing, Steering
 
 SDXL_PROMPT = replace(PROMPT, required=False, default="An astronaut riding a rainbow unicorn")
 NEGATIVE_PROMPT = Input(
@@ -75,6 +75,8 @@ SDXL_LORA_SCALE = replace(LORA_SCALE, default=0.6, ge=0, le=1)
 SDXL = Schema(
     name="sdxl",
     title="SDXL",
+    refiner="sdxl-refiner",
+    sizes_without_image=("width", "height"),
     inputs=(
         SDXL_PROMPT,
         NEGATIVE_PROMPT,
@@ -101,6 +103,14 @@ SDXL = Schema(
 SDXL_CONTROLNET = Schema(
     name="sdxl-controlnet",
     title="SDXL with a Canny ControlNet",
+    model="sdxl",
+    controlnets={"canny": "sdxl-controlnet-canny"},
+    always={"guidance_scale": 5.0},  # what diffusers' pipeline does that is told nothing
+    needs={"image": "give a picture: there are no edges to follow without one"},
+    sizing=Sizing(table="buckets", image="image"),
+    steering=(
+        Steering(image="image", kind="canny", settings={"scale": "condition_scale"}, options={"low": 100, "high": 200}),
+    ),
     single=True,
     seeds_from_one=True,
     inputs=(
@@ -123,18 +133,18 @@ SDXL_CONTROLNET = Schema(
     ),
 )
 
-CONTROLNETS = (
-    "none",
-    "edge_canny",
-    "illusion",
-    "depth_leres",
-    "depth_midas",
-    "soft_edge_pidi",
-    "soft_edge_hed",
-    "lineart",
-    "lineart_anime",
-    "openpose",
-)
+PREPROCESSORS: dict[str, tuple[str, ...]] = {
+    "edge_canny": ("canny",),
+    "illusion": ("illusion",),
+    "depth_leres": ("depth",),
+    "depth_midas": ("depth",),
+    "soft_edge_pidi": ("soft_edge",),
+    "soft_edge_hed": ("soft_edge",),
+    "lineart": ("lineart", "soft_edge"),
+    "lineart_anime": ("lineart", "soft_edge"),
+    "openpose": ("pose",),
+}
+"""What a ControlNet is chosen by -> the kinds of control picture that answer for it."""
 
 
 def _controlnet(name: str) -> tuple[Input, ...]:
@@ -148,7 +158,13 @@ def _controlnet(name: str) -> tuple[Input, ...]:
         description=f"How strictly {name} is followed",
     )
     return (
-        Input(name=name, type="string", default="none", choices=CONTROLNETS, description="What a ControlNet follows"),
+        Input(
+            name=name,
+            type="string",
+            default="none",
+            choices=("none", *PREPROCESSORS),
+            description="What a ControlNet follows",
+        ),
         Input(name=f"{name}_image", type="uri", description=f"Picture that {name} follows"),
         scale,
         replace(scale, name=f"{name}_start", default=0, le=1, description=f"Share of the steps before {name} begins"),
@@ -156,9 +172,31 @@ def _controlnet(name: str) -> tuple[Input, ...]:
     )
 
 
+def _steering(name: str) -> Steering:
+    """What they mean."""
+    settings = {"scale": f"{name}_conditioning_scale", "start": f"{name}_start", "end": f"{name}_end"}
+    return Steering(image=f"{name}_image", chosen=name, kinds=PREPROCESSORS, settings=settings)
+
+
+SEVERAL = ("controlnet_1", "controlnet_2", "controlnet_3")
 SDXL_MULTI_CONTROLNET = Schema(
     name="sdxl-multi-controlnet",
     title="SDXL with up to three ControlNets",
+    model="sdxl",
+    refiner="sdxl-refiner",
+    controlnets={
+        "canny": "sdxl-controlnet-canny",
+        "depth": "sdxl-controlnet-depth-small",
+        "pose": "sdxl-controlnet-openpose",
+        "soft_edge": "sdxl-controlnet-softedge",
+        "illusion": "sdxl-controlnet-qrcode-monster",
+    },
+    sizing=Sizing(
+        table="1024 wide",
+        chosen="sizing_strategy",
+        images={"input_image": "image", "mask_image": "mask"} | {f"{name}_image": f"{name}_image" for name in SEVERAL},
+    ),
+    steering=tuple(map(_steering, SEVERAL)),
     returns_controls=True,
     inputs=(
         SDXL_PROMPT,
@@ -197,8 +235,6 @@ SDXL_MULTI_CONTROLNET = Schema(
         SDXL_LORA_SCALE,
         LORA_WEIGHTS,
         DISABLE_SAFETY_CHECKER,
-        *_controlnet("controlnet_1"),
-        *_controlnet("controlnet_2"),
-        *_controlnet("controlnet_3"),
+        *(one for name in SEVERAL for one in _controlnet(name)),
     ),
 )

@@ -111,10 +111,11 @@ def optimizers_of(net: nn.Module, lr: float, inside: Callable[[str], bool]) -> l
     rest: list[nn.Parameter] = []
     for name, value in net.named_parameters():
         (hidden if value.ndim == 2 and inside(name) else rest).append(value)
-    return [
-        torch.optim.Muon(hidden, lr=lr, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.01),
-    ]
+    adam = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+    if not hidden:
+        return [adam]
+    muon = torch.optim.Muon(hidden, lr=lr, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    return [muon, adam]
 
 
 def in_a_block(name: str) -> bool:

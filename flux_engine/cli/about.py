@@ -1,0 +1,77 @@
+"""`info` and `schema`: what this machine runs, and what published inputs are."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+import flux_engine
+from flux_engine import __version__, hub
+from flux_engine.cli.output import show
+from flux_engine.config import EngineConfig
+from flux_engine.replicate.schemas import SCHEMAS, find_schema
+
+
+def add(commands: Any) -> None:
+    """Declare the commands."""
+    info = commands.add_parser("info", help="what this machine runs, and with --model what is in force for it")
+    info.add_argument("--model")
+    info.add_argument("--device")
+    info.add_argument("--dtype")
+    info.add_argument("--json", action="store_true")
+    info.set_defaults(run=_info)
+
+    schema = commands.add_parser("schema", help="show a published input schema")
+    schema.add_argument("name", help=f"one of {', '.join(SCHEMAS)}")
+    schema.add_argument("--openapi", action="store_true", help="as an OpenAPI document")
+    schema.set_defaults(run=_schema)
+
+
+def _info(args: argparse.Namespace) -> None:
+    import torch
+
+    from flux_engine import hardware
+
+    config = EngineConfig.from_environment(device=args.device, dtype=args.dtype)
+    device = hardware.pick_device(config.device)
+    dtype = hardware.pick_dtype(config.dtype, device)
+    report: dict[str, Any] = {
+        "flux_engine": __version__,
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        "device": str(device),
+        "hardware": hardware.describe(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "weights": str(hub.weights_folder()),
+    }
+    if args.model:
+        report["model"] = flux_engine.load(args.model, device=args.device, dtype=args.dtype).describe()
+    if args.json:
+        show(json.dumps(report))
+        return
+    _show_tree(report)
+
+
+def _show_tree(report: dict[str, Any], indent: str = "") -> None:
+    for key, value in report.items():
+        if isinstance(value, dict):
+            show(f"{indent}{key}")
+            _show_tree(value, indent + "  ")
+        else:
+            show(f"{indent}{key:16} {value}")
+
+
+def _schema(args: argparse.Namespace) -> None:
+    schema = find_schema(args.name)
+    if args.openapi:
+        show(json.dumps(schema.openapi(), indent=2))
+        return
+    for one in schema.inputs:
+        limits = " | ".join(one.choices)
+        if one.ge is not None or one.le is not None:
+            limits = f"{one.ge:g} to {one.le:g}"
+        default = "required" if one.required else json.dumps(one.default)
+        show(f"{one.name:24} {one.type:8} {default:10} {limits}")
+        show(f"{'':24} {one.description}")

@@ -1,0 +1,206 @@
+"""The predictor: a schema, a model, and a folder for every prediction."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL.Image import Image
+
+from flux_engine import files, hub, images
+from flux_engine.addons import ControlNets, Named, controlnet_specs
+from flux_engine.assemble import find_model
+from flux_engine.config import EngineConfig
+from flux_engine.engine import Engine, load
+from flux_engine.errors import OutputError
+from flux_engine.pipeline import Step
+from flux_engine.predictor.translation import translate
+from flux_engine.replicate.schemas import find_schema
+from flux_engine.request import Request
+from flux_engine.result import Result
+from flux_engine.specs import FluxSpec, ModelSpec, refined
+
+BAR = 10
+
+
+def say_line(line: str) -> None:
+    """One line to standard error, at once: the log that a host shows while a prediction runs."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+class Predictor:
+    """Speaks one published schema on one model.
+
+    Pictures are sent as paths, open files, data URIs, base64 or links, which are fetched unless they lead into a
+    private network. A prediction that is refused is refused before the model is loaded.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        *,
+        model: Named | None = None,
+        controlnets: ControlNets | Literal["auto"] = "auto",
+        redux: Named | Literal["auto"] | None = "auto",
+        refiner: Named | Literal["auto"] | None = "auto",
+        device: str | None = None,
+        dtype: str | None = None,
+        output_dir: Path | None = None,
+        say: Callable[[str], None] = say_line,
+    ) -> None:
+        """`model` defaults to the one that the schema is published for. `controlnets`, `redux` and `refiner` are loaded
+        with it, as `load` takes them; "auto" is what is published with it, and with another model ControlNets for the
+        same kinds of control picture and no refiner. `output_dir` receives a folder for every prediction (default: the
+        system's temporary folder). `say` takes the log's lines.
+
+        Raises UnknownSchema, UnknownModel, or WeightsError for a path to nothing.
+        """
+        self.schema = find_schema(schema)
+        published = self.schema.model or self.schema.name
+        own = model is None or model == published
+        self.model = published if model is None else os.fspath(model)
+        nets = self.schema.controlnets
+        self.controlnets: ControlNets = (
+            (tuple(nets.values()) if own else tuple(nets)) if controlnets == "auto" else controlnets
+        )
+        self.redux = self.schema.redux if redux == "auto" else redux
+        self.refiner = (self.schema.refiner if own else None) if refiner == "auto" else refiner
+        known = hub.manifests(EngineConfig.from_environment().weights)
+        for name in (self.model, self.refiner):
+            if name is not None:
+                hub.refer(os.fspath(name), known)
+        self.device, self.dtype = device, dtype
+        self.output_dir = output_dir
+        self.say = say
+        self._engine: Engine | None = None
+        self._spec: ModelSpec | None = None
+        self._loading = threading.Lock()
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What the model is, with what goes with it. Before it is loaded, what is known of it without its weights.
+
+        Raises what `load` does for models that are not there, or do not go together.
+        """
+        if self._engine is not None:
+            return self._engine.spec
+        if self._spec is None:
+            config = EngineConfig.from_environment(device=self.device, dtype=self.dtype)
+            known = hub.manifests(config.weights)
+            refiner = None if self.refiner is None else _spec_of(self.refiner, known, config, ["unet"])
+            spec = refined(_spec_of(self.model, known, config), refiner)
+            spec = replace(spec, controlnets=tuple(controlnet_specs(self.controlnets, spec, known)))
+            if self.redux is not None and isinstance(spec, FluxSpec):
+                spec = replace(spec, image_prompts=True)
+            self._spec = spec
+        return self._spec
+
+    def setup(self) -> None:
+        """Load the model. Called by `predict` if it was not before."""
+        with self._loading:
+            if self._engine is None:
+                self._engine = load(
+                    self.model,
+                    device=self.device,
+                    dtype=self.dtype,
+                    refiner=self.refiner,
+                    controlnets=self.controlnets,
+                    redux=self.redux,
+                )
+
+    def predict(self, *, cancel: threading.Event | None = None, **inputs: Any) -> list[Path] | Path:
+        """Make the pictures of one prediction and return their files, `out-{i}.{format}`, after the control pictures,
+        `control-{i}.png`, where the schema returns them; or for a schema of single pictures the one,
+        `output.{format}`. They are in a folder of their own, so that two predictions never overwrite each other.
+
+        Raises InvalidInput for inputs the schema refuses, InvalidRequest for what the model cannot do,
+        UnsupportedError, RequestCancelled, OutOfMemory or OutputError.
+        """
+        values = self.schema.validate(inputs)
+        seed = self._seed(values["seed"])
+        request, notes = translate(self.schema, values, self.spec, seed=seed)
+        if self._engine is None:
+            request.resolve(self.spec)
+        self.setup()
+        assert self._engine is not None
+        self.say(f"Using seed: {seed}")
+        for line in (*self._not_in_force(values), *notes):
+            self.say(line)
+        folder = self._folder()
+        try:
+            result = self._run(self._engine, request, cancel)
+            return self._write(folder, result, values)
+        except BaseException:  # also a host's cancellation, which is no Exception: nothing half-made is left
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def _seed(self, asked: int | None) -> int:
+        if asked is None or (self.schema.seeds_from_one and asked <= 0):
+            return secrets.randbits(32)
+        return asked
+
+    def _not_in_force(self, values: Mapping[str, Any]) -> list[str]:
+        """What was asked for and is not done."""
+        lines: list[str] = []
+        if values.get("go_fast"):
+            lines.append(f"go_fast: no 8-bit weights are in force, running {self.model} as loaded")
+        if values.get("disable_safety_checker") is False:
+            lines.append("safety: unchecked, no safety checker is installed")
+        if values.get("apply_watermark"):
+            lines.append("apply_watermark: there are no watermarks in this version yet, pictures have none")
+        return lines
+
+    def _run(self, engine: Engine, request: Request, cancel: threading.Event | None) -> Result:
+        result = engine.run(request, on_step=self._progress, cancel=cancel)
+        for note in result.notes:
+            self.say(note)
+        return result
+
+    def _write(self, folder: Path, result: Result, values: Mapping[str, Any]) -> list[Path] | Path:
+        kind = values.get("output_format", self.schema.output_format)
+
+        def write(name: str, picture: Image, kind: files.ImageFormat) -> Path:
+            path = folder / f"{name}.{kind}"
+            files.write(path, images.encode(picture, kind, quality=values.get("output_quality", 95)))
+            return path
+
+        if self.schema.single:
+            return write("output", result.image, kind)
+        controls = result.controls if self.schema.returns_controls else ()
+        return [
+            *(write(f"control-{index}", picture, "png") for index, picture in enumerate(controls)),
+            *(write(f"out-{index}", picture, kind) for index, picture in enumerate(result)),
+        ]
+
+    def _progress(self, step: Step) -> None:
+        # A line of its own for every step: clients of hosted models read percentages from whole lines.
+        done = BAR * step.index // step.total
+        bar = "█" * done + " " * (BAR - done)
+        self.say(f"{100 * step.index // step.total:3d}%|{bar}| {step.index}/{step.total}")
+
+    def _folder(self) -> Path:
+        try:
+            if self.output_dir is not None:
+                self.output_dir.mkdir(parents=True, exist_ok=True)
+            return Path(tempfile.mkdtemp(prefix="prediction-", dir=self.output_dir))
+        except OSError as error:
+            raise OutputError(f"cannot make a folder for the pictures: {error}") from None
+
+
+def _spec_of(
+    model: Named, known: Mapping[str, hub.Manifest], config: EngineConfig, only: list[str] | None = None
+) -> ModelSpec:
+    """A manifest tells it at once; of a file or repository the weights have to be looked at."""
+    meant = hub.refer(os.fspath(model), known)
+    if isinstance(meant, hub.Manifest):
+        return meant.model_spec()
+    return find_model(os.fspath(model), config, only=only).spec

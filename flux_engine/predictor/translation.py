@@ -1,0 +1,173 @@
+"""Inputs of a published schema -> a Request, without what does not apply, as the hosted models drop it.
+
+A picture is read, or fetched, once and only if something depends on it. No weight is touched here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL.Image import Image
+
+from flux_engine import pictures
+from flux_engine.errors import InvalidRequest
+from flux_engine.inputs import Control
+from flux_engine.inputs.following import divided
+from flux_engine.replicate.schema import InvalidInput, Schema, Steering
+from flux_engine.request import NO_REFINER, Request
+from flux_engine.specs import ModelSpec, SDXLSpec
+
+Size = tuple[int, int]
+"""(width, height)."""
+LORAS = ("lora_weights", "replicate_weights")
+NO_CONTROL = "none"
+USED_BY = {"high_noise_frac": "expert_ensemble_refiner", "refine_steps": "base_image_refiner"}
+"""Field -> the only way to refine that it says something of."""
+TABLES: Mapping[str, tuple[Size, ...]] = {
+    "buckets": pictures.SDXL_BUCKETS,
+    "1024 wide": tuple((1024, height) for height in range(512, 2049, 64)),
+}
+
+
+def translate(
+    schema: Schema, values: Mapping[str, Any], spec: ModelSpec, *, seed: int
+) -> tuple[Request, tuple[str, ...]]:
+    """The request that validated inputs stand for, and a line for what was asked for and does not count.
+
+    Raises InvalidInput that lists every input that is wrong, or InvalidRequest for a model that cannot do what the
+    schema is for.
+    """
+    if schema.edits and spec.reads != "reference":
+        raise InvalidRequest(
+            f"{spec.name} does not change a picture as the prompt says, which {schema.name} is for: "
+            f"Predictor({schema.name!r}, model=...)",
+            field="model",
+        )
+    work = _Translation(schema, values, spec)
+    fields = work.fields()
+    if work.problems:
+        raise InvalidInput(work.problems)
+    # The schema sets a seed no limits; torch counts seeds modulo 2^64, so that -1 is its largest.
+    fields["seed"] = seed % 2**64
+    return Request(**fields), tuple(work.notes)
+
+
+@dataclass
+class _Translation:
+    """One prediction's inputs on their way."""
+
+    schema: Schema
+    values: Mapping[str, Any]
+    spec: ModelSpec
+    problems: dict[str, str] = field(default_factory=dict[str, str])
+    notes: list[str] = field(default_factory=list[str])
+    _read: dict[str, Image | None] = field(default_factory=dict[str, "Image | None"])
+
+    def fields(self) -> dict[str, Any]:
+        """Every field of the request but the seed, as far as there are no problems."""
+        schema, values = self.schema, self.values
+        found = {one.field: one.name for one in schema.inputs if one.field and values[one.name] is not None}
+        if "image" not in found:
+            if "mask" in found:
+                self.notes.append("mask ignored: there is no image")
+            for name in ("mask", "strength"):
+                found.pop(name, None)
+        elif "mask" not in found:
+            for name in schema.sizes_without_image:
+                found.pop(name, None)
+        asked = dict(schema.always)
+        for name, source in found.items():
+            asked[name] = self.picture(source) if self._is_picture(source) else values[source]
+        for name, why in schema.needs.items():
+            if values[name] is None and not (name == "mask" and self._has_holes(asked.get("image"))):
+                self.problems.setdefault(name, why)
+        for name in LORAS:
+            if (values.get(name) or "").strip():
+                self.problems[name] = "there are no LoRAs in this version yet: leave it out"
+        self._refine(asked)
+        self._size(asked)
+        controls = [control for one in schema.steering if (control := self._control(one)) is not None]
+        return asked | {"control": controls}
+
+    def picture(self, name: str) -> Image | None:
+        """An input's picture, read once. None for one that cannot be read, which is a problem."""
+        if name not in self._read:
+            self._read[name] = None
+            try:
+                self._read[name] = pictures.read_picture(self.values[name], name, urls=True)
+            except InvalidRequest as error:
+                self.problems[name] = str(error).removeprefix(f"{name} ")
+        return self._read[name]
+
+    def _is_picture(self, name: str) -> bool:
+        return any(one.name == name and one.type == "uri" for one in self.schema.inputs)
+
+    def _has_holes(self, image: Image | None) -> bool:
+        """Also one that could not be read: that is said already."""
+        return image is None or pictures.alpha_mask(image) is not None
+
+    def _refine(self, asked: dict[str, Any]) -> None:
+        """Only with a refiner, and only what the way of refining uses."""
+        mode = asked.get("refine", NO_REFINER)
+        if mode == NO_REFINER:
+            asked.pop("refine", None)
+        elif not (isinstance(self.spec, SDXLSpec) and self.spec.refiner):
+            self.problems["refine"] = (
+                f"'{mode}' needs a refiner, and none is loaded with {self.spec.name}: "
+                f"Predictor({self.schema.name!r}, refiner=...)"
+            )
+        for name, user in USED_BY.items():
+            if mode != user:
+                asked.pop(name, None)
+        if asked.get("refine_steps") == 0:
+            del asked["refine_steps"]
+            self.notes.append("refine_steps 0 is taken for as many as num_inference_steps")
+
+    def _size(self, asked: dict[str, Any]) -> None:
+        """Width and height: after a picture, or as said; for a small model divided like all published sizes."""
+        sizes, sizing = self.spec.sizes, self.schema.sizing
+        said = self.values.get(sizing.chosen) if sizing else None
+        name = (sizing.images.get(said, "") if said else sizing.image) if sizing else ""
+        if sizing and name and self.values[name] is None:
+            if name not in self.schema.needs:
+                self.problems.setdefault(name, f"{sizing.chosen} says that its size counts: give a picture")
+        elif sizing and name:
+            if (image := self.picture(name)) is not None:
+                asked["width"], asked["height"] = divided(_nearest(image.size, TABLES[sizing.table]), sizes)
+        elif sizes.divisor > 1 and "width" in asked and "height" in asked:
+            width, height = asked["width"], asked["height"]
+            asked["width"], asked["height"] = -(-width // sizes.divisor), -(-height // sizes.divisor)
+            self.notes.append(
+                f"{width}x{height} is drawn as {asked['width']}x{asked['height']}: {self.spec.name} has the published "
+                f"sizes divided by {sizes.divisor}"
+            )
+
+    def _control(self, steering: Steering) -> Control | None:
+        """A control picture, if one was asked for and is there."""
+        kind, made_by = steering.kind, None
+        if steering.chosen:
+            made_by = str(self.values[steering.chosen])
+            if made_by == NO_CONTROL:
+                return None
+            kinds = steering.kinds[made_by]
+            kind = next((one for one in kinds if one in self.spec.controls), kinds[0])
+            if kind not in self.spec.controls:
+                loaded = ", ".join(self.spec.controls) or "none"
+                self.problems[steering.chosen] = (
+                    f"'{made_by}' needs a ControlNet for {kind}; loaded with {self.spec.name}: {loaded}"
+                )
+        if self.values[steering.image] is None:
+            if steering.image not in self.schema.needs:
+                self.problems[steering.image] = f"{steering.chosen} '{made_by}' needs a picture"
+            return None
+        image = self.picture(steering.image)
+        said = {name: self.values[source] for name, source in steering.settings.items()}
+        return Control(kind=kind, image=image, preprocess=made_by or True, options=steering.options, **said)
+
+
+def _nearest(size: Size, table: tuple[Size, ...]) -> Size:
+    """By the difference of the aspects, as published; the engine's own measure is their ratio."""
+    aspect = size[0] / size[1]
+    return min(table, key=lambda one: abs(one[0] / one[1] - aspect))

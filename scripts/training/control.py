@@ -1,0 +1,225 @@
+"""ControlNets that read edges, for a network that stays as it is.
+
+Pictures with objects anywhere, captions that say neither where nor how large: only the edges do. Half of a step is
+pictures with noise, half is where the network's own steps lead, as in the other trainings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from benchmarks import captions, world
+from benchmarks.world import Scene
+from flux_engine.families.flux import image_ids
+from flux_engine.models.flux import Flux, patchify, unpatchify
+from flux_engine.models.flux_controlnet import FluxControlNet
+from flux_engine.models.unet import UNet
+from flux_engine.models.unet_controlnet import UNetControlNet
+from flux_engine.params import FluxControlNetParams, UNetControlNetParams
+from flux_engine.preprocess import preprocess
+from flux_engine.specs import DEMO_SCHNELL, DEMO_SDXL
+from training.batches import Batch, Walks, evenly, noise_level
+from training.flux import error_of, in_a_block, optimizers_of, use_faster_operations
+from training.latents import OUT, boxes_of, keep
+from training.run import Run, autocast, log, read_average
+from training.text import load_paired, load_text
+from training.unet import discrete, in_an_attention, new_unet, walk
+from training.vae import load_vae, to_tensor
+
+SIZES = {(256, 256): 700, (128, 128): 700, (336, 192): 250, (192, 336): 250, (304, 208): 250, (208, 304): 250}
+"""Picture size -> how many are drawn."""
+SILENT = 0.75
+"""Share of captions that say neither place nor size."""
+
+
+@dataclass
+class Edged(Batch):
+    """A batch with the pictures' edges."""
+
+    edges: Tensor
+    """(B, 1, H, W), 0 or 1."""
+
+
+def silent(scene: Scene) -> Scene:
+    """The same, which leaves open where and how large."""
+    return replace(scene, things=tuple(replace(thing, size="", place="") for thing in scene.things), relation="")
+
+
+def edges_of(picture: Image.Image) -> Image.Image:
+    return preprocess("canny", picture)
+
+
+def make_pool(width: int, height: int, count: int, vae: Any) -> dict[str, Any]:
+    """Scenes as they are told, latents of their pictures, and edges in bits."""
+    rng = random.Random(f"edges-{width}x{height}")
+    told: list[Any] = []
+    latents: list[Tensor] = []
+    edges: list[np.ndarray[Any, Any]] = []
+    boxes: list[Any] = []
+    with torch.inference_mode():
+        for _ in range(count):
+            scene = world.sample_scene(rng)
+            scene = silent(scene) if rng.random() < SILENT else scene
+            settled = world.settle(scene, rng)
+            placed = world.layout(settled, width, height, rng)
+            picture = world.paint(settled.ground, placed, width, height)
+            edges.append(np.packbits(np.asarray(edges_of(picture).convert("L")) > 127))
+            boxes.append(boxes_of(placed))
+            told.append(scene)
+            latents.append(vae.encode(to_tensor([picture])).half())
+    packed = torch.from_numpy(np.stack(edges))
+    return {"scenes": told, "latents": torch.cat(latents), "edges": packed, "boxes": torch.tensor(boxes)}
+
+
+class Source:
+    """Draws batches of pictures with their edges; the captions are written anew for each."""
+
+    def __init__(self, count: int, vae: str, encode: Callable[[list[str]], tuple[Tensor, Tensor]]) -> None:
+        self.count, self.encode = count, encode
+        self.pools: dict[tuple[int, int], Any] = {}
+        network = load_vae(vae)
+        for size, pictures in SIZES.items():
+            path = OUT / "pools" / vae / f"edges-{size[0]}x{size[1]}.pt"
+            if not path.exists():
+                keep(path, make_pool(*size, pictures, network))
+                log.info("%s: %d pictures", path.name, pictures)
+            self.pools[size] = torch.load(path, weights_only=False)  # written by this program, with scenes in it
+
+    def draw(self, rng: random.Random, level: Callable[[random.Random], float], **_: Any) -> Edged:
+        (size,) = rng.choices(list(self.pools), [4, 3, 1, 1, 1, 1])
+        pool = self.pools[size]
+        picks = [rng.randrange(len(pool["scenes"])) for _ in range(self.count if min(size) > 128 else 2 * self.count)]
+        with torch.no_grad():
+            tokens, pooled = self.encode([captions.write(pool["scenes"][pick], rng) for pick in picks])
+        bits = np.unpackbits(pool["edges"][picks].numpy(), axis=1)[:, : size[0] * size[1]]
+        x0 = patchify(pool["latents"][picks].float())
+        every = torch.ones(len(picks))
+        colored = torch.tensor([all(thing.color for thing in pool["scenes"][pick].things) for pick in picks])
+        return Edged(
+            x0=x0,
+            noise=torch.randn_like(x0),
+            t=torch.tensor([level(rng) for _ in picks]).clamp(min=1e-3),
+            tokens=tokens,
+            pooled=pooled,
+            positions=image_ids(size[1] // 16, size[0] // 16),
+            captioned=every.bool(),
+            settled=colored,
+            guidance=every,
+            size=size,
+            weight=weight_of(pool["boxes"][picks], size),
+            answers=None,  # pyright: ignore[reportArgumentType]  nothing is asked on the way
+            edges=torch.from_numpy(bits).reshape(len(picks), 1, size[1], size[0]).float(),
+        )
+
+
+def weight_of(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Of every image token (B, L): more where the objects are."""
+    columns, rows = size[0] // 16, size[1] // 16
+    left, top, right, bottom = (boxes[..., i, None, None] / 16 for i in range(4))
+    y, x = torch.arange(rows)[None, None, :, None], torch.arange(columns)[None, None, None, :]
+    inside = (x + 1.5 > left) & (x - 0.5 < right) & (y + 1.5 > top) & (y - 0.5 < bottom) & (boxes[..., 2, None, None] > 0)
+    weight = 1.0 + 4.0 * inside.any(dim=1).float()
+    return (weight / weight.mean(dim=(1, 2), keepdim=True)).flatten(1)
+
+
+def learn(run: Run, predict: Callable[[Tensor, Edged], Tensor], source: Source, plans: Sequence[Sequence[float]]) -> None:
+    walks = Walks(source, plans)  # pyright: ignore[reportArgumentType]  it only draws
+
+    def loss_of(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
+        batch = source.draw(rng, noise_level)
+        loss = error_of(predict(batch.mixed, batch), batch.velocity(batch.mixed), batch, walked=False).mean()
+        walk = walks.take(rng)
+        out = predict(walk.x, walk.batch)  # pyright: ignore[reportArgumentType]
+        walked = error_of(out, walk.batch.velocity(walk.x), walk.batch, walked=True).mean()
+        walks.go(walk, out)
+        return (loss + walked) / 2, {"walked": walked.item()}
+
+    run.train(loss_of)
+
+
+def zeroed(layers: Sequence[nn.Module]) -> None:
+    """What a ControlNet gives is nothing at first (arXiv 2302.05543)."""
+    for layer in layers:
+        for parameter in layer.parameters():
+            nn.init.zeros_(parameter)
+
+
+def new_flux_controlnet(base: Flux) -> FluxControlNet:
+    """The base's first double block, which reads the edges' latent beside the picture's."""
+    net = FluxControlNet(FluxControlNetParams.of(base.params, depth=1, depth_single_blocks=0))
+    net.load_state_dict(base.state_dict(), strict=False)
+    zeroed([*net.controlnet_blocks])
+    with torch.no_grad():
+        net.controlnet_x_embedder.weight.mul_(0.5)
+    return net
+
+
+def train_flux(args: argparse.Namespace) -> None:
+    """For demo-schnell."""
+    use_faster_operations()
+    torch.manual_seed(8)
+    base = Flux(replace(DEMO_SCHNELL.transformer))
+    base.load_state_dict(read_average("demo-schnell", "flux."))
+    base.eval().requires_grad_(False)
+    net, vae = new_flux_controlnet(base), load_vae("vae")
+    run = Run("demo-canny", nn.ModuleDict({"controlnet": net}), optimizers_of(net, args.lr, in_a_block),
+              steps=args.steps, ema=0.99)  # fmt: skip
+
+    def predict(x: Tensor, batch: Edged) -> Tensor:
+        with torch.no_grad():
+            hint = patchify(vae.encode((batch.edges * 2 - 1).expand(-1, 3, -1, -1)))
+        with autocast():
+            fixed = base.precompute(batch.tokens, batch.pooled, batch.positions, batch.t[None], None)
+            told = net.precompute(batch.tokens, batch.pooled, batch.positions, batch.t[None], None)
+            samples = net(x, net.embed_hint(hint), 0, told)
+            return base(x, 0, fixed, net.residuals(samples, base.params)).float()
+
+    learn(run, predict, Source(args.batch, "vae", load_text()), [evenly(steps) for steps in (2, 4)])
+
+
+def new_unet_controlnet(base: UNet) -> UNetControlNet:
+    """The base's way down, without its transformers: the edges say where, and the base what."""
+    depths = (None,) * len(base.params.block_out_channels)
+    params = replace(UNetControlNetParams.of(base.params), transformer_depth=depths, mid_depth=None)
+    net = UNetControlNet(params)
+    net.load_state_dict({k: v for k, v in base.state_dict().items() if k in net.state_dict()}, strict=False)
+    zeroed([*net.controlnet_down_blocks, net.controlnet_mid_block])
+    return net
+
+
+def train_unet(args: argparse.Namespace) -> None:
+    """For demo-sdxl."""
+    use_faster_operations()
+    torch.manual_seed(9)
+    base = new_unet()
+    base.load_state_dict(read_average("sdxl-base", "unet."))
+    base.eval().requires_grad_(False)
+    net = new_unet_controlnet(base)
+    run = Run("demo-sdxl-canny", nn.ModuleDict({"controlnet": net}), optimizers_of(net, args.lr, in_an_attention),
+              steps=args.steps, ema=0.99)  # fmt: skip
+
+    def predict(x: Tensor, batch: Edged) -> Tensor:
+        width, height = batch.size
+        timestep, sigma = discrete(batch.t)
+        t = batch.t[:, None, None, None]
+        scaled = unpatchify(x, height // 8, width // 8) / (t**2 + (1 - t) ** 2).sqrt()
+        ids = torch.tensor([[height, width, 0, 0, height, width]]).expand(len(x), -1).float()
+        with autocast():
+            fixed = base.precompute(batch.tokens, batch.pooled, ids, timestep[None])
+            told = net.precompute(batch.tokens, batch.pooled, ids, timestep[None])
+            residuals = net(scaled, net.embed_hint(batch.edges.expand(-1, 3, -1, -1)), 0, told)
+            v = base(scaled, 0, fixed, residuals).float()
+        sigma = sigma[:, None, None, None]
+        length = (1 + sigma**2).sqrt()
+        return (x - patchify(scaled / length - sigma / length * v)) / batch.t[:, None, None]
+
+    learn(run, predict, Source(args.batch, "sdxl-vae", load_paired()), [walk(DEMO_SDXL, 25), walk(DEMO_SDXL, 12)])
