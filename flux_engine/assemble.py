@@ -292,7 +292,7 @@ def _flux_spec(path: Path, shapes: Shapes, found: _Found) -> FluxSpec:
             spec.guidance_scale != FLUX_DEV.guidance_scale,  # Kontext is like dev in all of its shapes
         ),
     )
-    _check_channels(path, params.in_channels, nearest.transformer.in_channels)
+    nearest = _reading(path, params.in_channels, nearest, lambda spec: spec.transformer.in_channels)
     said = found.config("scheduler")
     return replace(nearest, transformer=params, schedule=_flow_schedule(path, said) if said else nearest.schedule)
 
@@ -317,7 +317,7 @@ def _sdxl_spec(path: Path, shapes: Shapes, found: _Found) -> SDXLSpec:
             spec.unet.block_out_channels != params.block_out_channels,
         ),
     )
-    _check_channels(path, params.in_channels, nearest.unet.in_channels)
+    nearest = _reading(path, params.in_channels, nearest, lambda spec: spec.unet.in_channels)
     said = found.config("unet")
     try:
         heads = said.get("attention_head_dim")
@@ -335,9 +335,19 @@ def _sdxl_spec(path: Path, shapes: Shapes, found: _Found) -> SDXLSpec:
     return replace(nearest, unet=params, zero_negative=zero, schedule=schedule)
 
 
-def _check_channels(path: Path, found: int, known: int) -> None:
-    if found != known:
-        raise UnsupportedError(f"{path} reads {found} channels, as no model known here; the nearest reads {known}")
+def _reading(path: Path, channels: int, nearest: Spec, channels_of: Callable[[Any], int]) -> Spec:
+    """The spec, reading beside the latent what models of so many channels read.
+
+    Raises UnsupportedError if none does.
+    """
+    if channels == channels_of(nearest):
+        return nearest
+    for like in SPECS.values():
+        if type(like) is type(nearest) and channels_of(like) == channels:
+            sizes = replace(nearest.sizes, follow=like.sizes.follow)
+            told = {"reads": like.reads, "structure": like.structure, "guidance_scale": like.guidance_scale}
+            return replace(nearest, sizes=sizes, **told)
+    raise UnsupportedError(f"{path} reads {channels} channels, as no model known here does")
 
 
 def _vae(found: VAEParams, like: VAEParams, config: Mapping[str, Any]) -> VAEParams:

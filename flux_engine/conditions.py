@@ -22,17 +22,22 @@ from flux_engine.request import Job
 def build_condition(job: Job, family: Family[Any]) -> Condition:
     """Read a job's pictures with the model's own networks. Empty for a job without any."""
     inputs, spec = job.inputs, family.spec
-    picture = None if inputs.image is None else pixels(inputs.image)
-    mask = None if inputs.mask is None else pixels(inputs.mask)
-    fills = spec.reads == "fill" and picture is not None and mask is not None
-    keeps = mask is not None and not fills
     maps = [
         one.image
         if one.preprocessor is None
         else preprocess(one.preprocessor, one.image, device=str(family.net.device), **one.options)
         for one in inputs.controls
     ]
-    channels = family.fill_channels(picture * 2 - 1, mask) if fills else None
+    latent = mask = channels = None
+    if inputs.image is not None:
+        picture = pixels(inputs.image) * 2 - 1
+        hole = None if inputs.mask is None else pixels(inputs.mask)
+        if hole is not None and spec.reads == "fill":
+            channels = family.fill_channels(picture, hole)
+        elif hole is not None:
+            mask = latent_mask(hole, spec.vae.downscale).to(family.net.device)
+        if mask is not None or inputs.strength < 1:
+            latent = family.latent_of(picture)
     hints: list[Hint] = []
     for one, made in zip(inputs.controls, maps, strict=True):
         if spec.reads == "structure" and one.kind == spec.structure:
@@ -42,11 +47,11 @@ def build_condition(job: Job, family: Family[Any]) -> Condition:
         embedded = family.hint_of(net, pixels(made))
         hints.append(Hint(net, embedded, net.spec.kinds[one.kind], one.scale, one.start, one.end))
     return Condition(
-        latent=family.latent_of(picture * 2 - 1) if picture is not None and (keeps or inputs.strength < 1) else None,
-        mask=latent_mask(mask, spec.vae.downscale).to(family.net.device) if mask is not None and keeps else None,
+        latent=latent,
+        mask=mask,
         channels=channels,
         reference=None if inputs.reference is None else family.latent_of(pixels(inputs.reference) * 2 - 1),
-        prompt_tokens=family.redux.encode(inputs.prompts) if inputs.prompts else None,
+        prompt_tokens=family.read_prompts(inputs.prompts) if inputs.prompts else None,
         hints=tuple(hints),
         maps=tuple(maps),
     )

@@ -210,8 +210,6 @@ def test_convert_writes_whole_or_not_at_all(engine: Engine, tmp_path: Path) -> N
         ("nothing.safetensors", WeightsError, "does not exist"),
         ("owner/nothing", WeightsError, "nothing is fetched offline"),
         ("a/b\0", UnknownModel, "no model"),
-        ("sdxl-inpainting", UnsupportedError, "reads a picture beside the prompt"),
-        ("flux-fill-dev", UnsupportedError, "reads a picture beside the prompt"),
         ("falconsai-nsfw", UnknownModel, "is a safety checker and no model"),
         (PARTS["vae"], WeightsError, "it holds an autoencoder"),
         (PARTS["tokenizer"], WeightsError, "holds no safetensors file"),

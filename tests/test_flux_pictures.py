@@ -16,11 +16,12 @@ import torch
 from conftest import latent_error
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image, ImageDraw
+from safetensors.torch import save_file
 
 import flux_engine
 from flux_engine import Control
 from flux_engine.engine import Engine
-from flux_engine.errors import InvalidRequest
+from flux_engine.errors import InvalidRequest, UnsupportedError
 from flux_engine.families.flux import patchify
 
 PROMPT = "a large red circle on a blue background"
@@ -131,6 +132,26 @@ def test_reference_agrees_with_diffusers(dev: Engine, tmp_path: Path, size: tupl
     assert latent_error(patchify(mine), said) <= 1e-4
     assert latent_error(run(kontext, **(asked | {"image": picture(size, "black")})), mine) >= 1e-2
     assert latent_error(run(kontext, **(asked | {"prompt": "a star"})), mine) >= 1e-2
+
+
+@pytest.mark.parametrize("reads", ["fill", "structure"])
+def test_a_folder_tells_what_its_network_reads(dev: Engine, tmp_path: Path, reads: str) -> None:
+    made = flux_models.engine_of(reads, dev)
+    loaded = flux_engine.load(made.export(tmp_path / "model"), device="cpu", dtype="float32")
+    assert loaded.spec.reads == reads
+    control = Control(kind="canny", image=picture(), preprocess=False)
+    asked: dict[str, Any] = {"image": picture(), "mask": hole()} if reads == "fill" else {"control": control}
+    asked |= {"width": SIZE[0], "height": SIZE[1], "guidance_scale": 3.5}
+    assert torch.equal(run(loaded, **asked), run(made, **asked))
+
+
+def test_channels_that_no_model_reads_are_refused(dev: Engine, tmp_path: Path) -> None:
+    made = flux_models.engine_of("structure", dev)
+    net = made._pipeline.family.net
+    net.img_in = torch.nn.Linear(100, net.params.hidden_size)
+    save_file(net.state_dict(), tmp_path / "odd.safetensors")
+    with pytest.raises(UnsupportedError, match="reads 100 channels"):
+        flux_engine.load(tmp_path / "odd.safetensors", device="cpu")
 
 
 def rounded_trip(engine: Engine, image: Image.Image) -> torch.Tensor:

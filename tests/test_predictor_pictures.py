@@ -131,6 +131,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for name, like in (("flux-schnell", "demo-schnell"), ("flux-dev", "demo-dev"), ("flux-krea-dev", "demo-dev")):
         manifest(root, name, like, {}, f'base = "{like}"')
     redux = publish(root, 64)
+    redux["image_encoder/model.safetensors"] = redux.pop("image_encoder") / "model.safetensors"
     manifest(root, "flux-redux-dev", "flux-dev", redux, 'kind = "adapter"')
     for name, spec in (("sdxl", sdxl_models.BASE), ("sdxl-refiner", sdxl_models.REFINER)):
         files = parts(Engine(sdxl_models.family(spec)).export(root / name))
@@ -232,7 +233,7 @@ MADE = [
     ("flux-kontext-dev", {"aspect_ratio": "1:1", "output_format": "webp"}, ["output.webp"], (256, 256)),
     ("sdxl", {"num_outputs": 2}, ["out-0.png", "out-1.png"], (128, 128)),
     ("sdxl", {"width": 1536, "height": 640}, ["out-0.png"], (192, 80)),
-    ("sdxl", {"image": photo_content, "width": 512, "height": 512}, ["out-0.png"], (256, 144)),
+    ("sdxl", {"image": photo_content, "width": 512, "height": 512}, ["out-0.png"], (176, 104)),
     ("sdxl", {"image": photo_content, "mask": mask_content, "width": 512, "height": 768}, ["out-0.png"], (64, 96)),
     ("sdxl-controlnet", {}, ["output.png"], (168, 96)),
     ("sdxl-multi-controlnet", {}, ["out-0.png"], (96, 96)),
@@ -306,6 +307,7 @@ SQUARE = data_uri(photo(size=(700, 700)))
         ("flux-kontext-dev", {"aspect_ratio": "16:9"}, (1328, 800)),
         ("sdxl", {}, (1024, 1024)),
         ("sdxl", {"width": 810, "height": 1080}, (816, 1080)),
+        ("sdxl", {"image": photo_content}, (1600, 896)),
         ("sdxl", {"image": SQUARE}, (704, 704)),
         ("sdxl", {"image": SQUARE, "mask": mask_content}, (1024, 1024)),
         ("sdxl-controlnet", {}, (1344, 768)),
@@ -385,9 +387,9 @@ def test_canny_of_every_schema() -> None:
 
 
 MATTERS = [
-    ("flux-dev", {"image": photo_content}, {"image": other_photo}),
-    ("flux-dev", {"image": photo_content}, {"prompt_strength": 0.5}),
-    ("flux-krea-dev", {"image": photo_content}, {"image": other_photo}),
+    ("flux-dev", {"image": photo_content, "prompt_strength": 0.5}, {"image": other_photo}),
+    ("flux-dev", {"image": photo_content, "prompt_strength": 0.5}, {"prompt_strength": 1}),
+    ("flux-krea-dev", {"image": photo_content, "prompt_strength": 0.5}, {"image": other_photo}),
     ("flux-fill-dev", {}, {"image": other_photo}),
     ("flux-fill-dev", {}, {"mask": data_uri(hole(900))}),
     ("flux-fill-dev", {}, {"guidance": 3}),
@@ -508,9 +510,9 @@ REFUSED = [
     ("flux-fill-dev", {"mask": None}, {"mask": "say what to paint"}),
     ("flux-fill-dev", {"lora_weights": "owner/name"}, {"lora_weights": LORA}),
     ("flux-fill-dev", {"image": "nothing.png", "mask": "none.png"},
-     {"image": "'nothing.png' is", "mask": "'none.png' is"}),
-    ("flux-fill-dev", {"image": "nothing.png", "mask": None}, {"image": "'nothing.png' is"}),
-    ("flux-canny-dev", {"control_image": "data:image/png;base64,AAAA"}, {"control_image": "'data:image/png;base64,...'"}),
+     {"image": "'nothing.png' does not exist", "mask": "'none.png' does not exist"}),
+    ("flux-fill-dev", {"image": "nothing.png", "mask": None}, {"image": "'nothing.png' does not exist"}),
+    ("flux-canny-dev", {"control_image": "data:image/png;base64,AAAA"}, {"control_image": "'data:image/png;base64"}),
     ("flux-kontext-dev", {"input_image": io.BytesIO(b"x")}, {"input_image": "(a BytesIO)"}),
     ("flux-redux-dev", {"redux_image": "nothing.png"}, {"redux_image": "'nothing.png'"}),
     ("sdxl", {"replicate_weights": "https://replicate.delivery/x.tar"}, {"replicate_weights": LORA}),
@@ -519,7 +521,7 @@ REFUSED = [
     ("sdxl-multi-controlnet", {"controlnet_1": "edge_canny", "controlnet_3": "illusion"},
      {"controlnet_1_image": "controlnet_1 'edge_canny' needs a picture", "controlnet_3_image": "controlnet_3"}),
     ("sdxl-multi-controlnet", {"sizing_strategy": "input_image"}, {"image": "sizing_strategy says"}),
-    ("sdxl-multi-controlnet", {"sizing_strategy": "controlnet_2_image"}, {"controlnet_2_image": "sizing_strategy says"}),
+    ("sdxl-multi-controlnet", {"sizing_strategy": "controlnet_2_image"}, {"controlnet_2_image": "sizing_strategy"}),
 ]  # fmt: skip
 
 
@@ -554,7 +556,7 @@ def test_what_is_refused(
     found = {problem["loc"][-1]: problem["msg"] for problem in caught.value.detail}
     assert found.keys() == expected.keys()
     for name, words in expected.items():
-        assert found[name].startswith(words) or words in found[name]
+        assert words in found[name]
     assert said == [] and not (tmp_path / "out").exists()
 
 
@@ -614,7 +616,7 @@ def test_what_is_loaded(fresh: Callable[..., tuple[Predictor, list[str]]], publi
         run(other, refine="base_image_refiner")
     assert caught.value.field == "refine"
     assert "none is loaded with mine" in str(caught.value)
-    with pytest.raises(InvalidInput, match="controlnet_1: 'illusion' needs a ControlNet for illusion; .*: canny"):
+    with pytest.raises(InvalidInput, match=r"controlnet_1: 'illusion' needs a ControlNet for illusion; .*: canny"):
         run(
             fresh("sdxl-multi-controlnet", model="mine", controlnets=["canny"])[0],
             controlnet_1="illusion",
@@ -631,7 +633,7 @@ def test_what_is_loaded(fresh: Callable[..., tuple[Predictor, list[str]]], publi
 
 
 def test_another_model_with_a_refiner_of_its_own(published: Path, tmp_path: Path) -> None:
-    """By path, as a folder that diffusers wrote; ControlNets from files."""
+    """And a ControlNet from a file."""
     (published / "manifests" / "mine.toml").write_text((published / "manifests" / "sdxl.toml").read_text())
     path = published / "sdxl-controlnet-canny.safetensors"
     predictor = Predictor(
@@ -657,7 +659,7 @@ def test_fill_s_schema_on_a_model_that_draws(tmp_path: Path) -> None:
 
 def test_nothing_is_left_of_the_prediction_before(speak: Speak, tmp_path: Path) -> None:
     for schema, inputs in (
-        ("flux-dev", {"image": photo_content, "megapixels": "0.25"}),
+        ("flux-dev", {"image": photo_content, "prompt_strength": 0.5}),
         ("sdxl", {"image": photo_content, "mask": mask_content, "refine": "base_image_refiner", "refine_steps": 4}),
         (
             "sdxl-multi-controlnet",
@@ -665,14 +667,15 @@ def test_nothing_is_left_of_the_prediction_before(speak: Speak, tmp_path: Path) 
         ),
     ):
         alone = Predictor(schema, device="cpu", dtype="float32", output_dir=tmp_path, say=lambda _: None)
-        plain = last(alone)
+        least = {"aspect_ratio": "9:21", "megapixels": "0.25"} if schema == "flux-dev" else {"width": 512}
+        plain = last(alone, **least)
         predictor = speak(schema)
         with_pictures = last(predictor, **inputs)
-        assert last(predictor) == plain
+        assert last(predictor, **least) == plain
         assert last(alone, **inputs) == with_pictures
         with pytest.raises(InvalidInput):
             run(predictor, image="nothing.png")
-        assert last(predictor) == plain
+        assert last(predictor, **least) == plain
 
 
 def test_what_fails_leaves_no_files(speak: Speak, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -227,6 +227,10 @@ class Family(ABC, Generic[Spec]):
     def hint_of(self, controlnet: ControlNet, picture: Tensor) -> Tensor:
         """A control picture (1, 3, H, W) in [0, 1] -> one row as the ControlNet reads it."""
 
+    def read_prompts(self, pictures: Sequence[Image]) -> Tensor:
+        """Pictures as prompts -> tokens (N, L, D)."""
+        raise NotImplementedError  # requests that bring any are refused for a family that cannot
+
     channel_dim: ClassVar[int]
     """Where the loop's x has its channels."""
     controlnets: tuple[ControlNet, ...]

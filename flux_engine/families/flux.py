@@ -5,13 +5,14 @@ Shapes: B batch, C latent channels, h w latent size, L tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn.functional import pixel_unshuffle
 
@@ -136,7 +137,7 @@ class FluxFamily(Family[FluxSpec]):
             "text_encoder": self.text.clip,
             "text_encoder_2": self.text.t5,
             **{f"controlnet {one.spec.name}": one.net for one in self.controlnets},
-            **(self.redux.networks() if self.redux else {}),
+            **({"redux": self.redux.adapter, "image_encoder": self.redux.tower} if self.redux else {}),
         }
 
     def export(self, folder: Path) -> Path:
@@ -185,6 +186,10 @@ class FluxFamily(Family[FluxSpec]):
         """
         pixels = pixel_unshuffle(mask, self.spec.vae.downscale).to(self.net.device)
         return torch.cat((self.latent_of(picture * (1 - mask)), pixels), dim=1)
+
+    def read_prompts(self, pictures: Sequence[Image]) -> Tensor:
+        assert self.redux is not None  # a request with pictures as prompts is refused without it
+        return self.redux.encode(pictures)
 
     def hint_of(self, controlnet: ControlNet, picture: Tensor) -> Tensor:
         picture = picture.to(self.net.device) * 2 - 1

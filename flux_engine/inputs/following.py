@@ -18,6 +18,7 @@ def following(picture: Size, sizes: SizeTable, megapixels: str | None) -> Size:
     limit = sizes.follow_limit // sizes.divisor
     if megapixels is None and sizes.follow == "preferred":
         return pictures.nearest_aspect(picture, preferred(sizes))
+    shorter: float = min(picture) * limit / max(*picture, limit)  # before it is put on the grid
     if megapixels == MATCH_INPUT:
         size = pictures.within(picture, limit, 2 * sizes.multiple, floor=True)
     elif megapixels is not None or sizes.follow == "area":
@@ -25,10 +26,10 @@ def following(picture: Size, sizes: SizeTable, megapixels: str | None) -> Size:
         sizes.named("1:1", megapixels)  # refuses what is not in the table
         pixels = int(float(megapixels) * 1024 * 1024) // sizes.divisor**2
         size = pictures.of_area(picture, pixels, 2 * sizes.multiple)
+        shorter = min(size)
     else:
         size = pictures.within(picture, limit, sizes.multiple)
-    short = min(size)
-    if short < sizes.min_side:
+    if shorter < sizes.min_side:
         multiple, grown = sizes.multiple, sizes.min_side / min(picture)
         size = tuple(max(sizes.min_side, round(side * grown / multiple) * multiple) for side in picture)
     if max(size) > sizes.max_side:

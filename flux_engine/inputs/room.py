@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import ceil
+
 from PIL import Image
 
 from flux_engine.checks import integer
@@ -23,11 +25,12 @@ def with_room(image: Image.Image, room: object, sizes: SizeTable) -> tuple[Image
     wanted = image.width + left + right, image.height + top + bottom
     shrink = min(1.0, sizes.max_side / max(wanted), (sizes.max_pixels / (wanted[0] * wanted[1])) ** 0.5)
     if shrink < 1:
+        shrink *= 1 - 2 / sizes.max_side  # for the margins, which are rounded up
         image = image.resize(
             (max(1, int(image.width * shrink)), max(1, int(image.height * shrink))), Image.Resampling.LANCZOS
         )
-    left, width = _along(image.width, round(left * shrink), round(right * shrink), sizes)
-    top, height = _along(image.height, round(top * shrink), round(bottom * shrink), sizes)
+    left, width = _along(image.width, ceil(left * shrink), ceil(right * shrink), sizes)
+    top, height = _along(image.height, ceil(top * shrink), ceil(bottom * shrink), sizes)
     canvas = Image.new("RGB", (width, height), (127, 127, 127))
     canvas.paste(image, (left, top))
     mask = Image.new("L", canvas.size, 255)
