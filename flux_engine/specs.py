@@ -309,6 +309,16 @@ DEMO_SCHNELL = replace(
     guidance_scale=None,
 )
 
+# Shallower than demo-dev: much of the picture is there already.
+DEMO_FILL = replace(
+    DEMO_DEV,
+    name="demo-fill",
+    transformer=replace(DEMO_DEV.transformer, in_channels=384, depth=1, depth_single_blocks=2),
+    reads="fill",
+    sizes=replace(DEMO_DEV.sizes, follow="area"),
+    num_inference_steps=8,
+)
+
 SDXL = SDXLSpec(
     name="sdxl",
     unet=UNetParams(),
@@ -404,6 +414,7 @@ SPECS: Mapping[str, ModelSpec] = MappingProxyType(
             FLUX_KONTEXT,
             DEMO_SCHNELL,
             DEMO_DEV,
+            DEMO_FILL,
             SDXL,
             SDXL_REFINER,
             SDXL_INPAINTING,

@@ -12,6 +12,7 @@
     python scripts/train_demo.py sdxl-text         # its second text encoder; the first is FLUX's
     python scripts/train_demo.py sdxl-base         # the UNet, on latents of --vae sdxl-vae
     python scripts/train_demo.py sdxl-turbo        # and demo-sdxl-turbo
+    python scripts/train_demo.py fill              # demo-fill, which begins as half of demo-dev
     python scripts/train_demo.py canny             # a ControlNet for demo-schnell
     python scripts/train_demo.py sdxl-canny        # and one for demo-sdxl
     python scripts/train_demo.py export            # into weights/, with hashes and curves
@@ -33,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from training import control, export, flux, latents, text, unet, vae  # noqa: E402
+from training import control, export, fill, flux, latents, text, unet, vae  # noqa: E402
 
 from flux_engine.specs import MEGAPIXELS  # noqa: E402
 
@@ -91,6 +92,7 @@ def main() -> None:
         if name == "base":
             command.add_argument("--thin", type=float, default=0.8, help="share of those with half of their tokens")
 
+    part("fill", fill.train_fill, steps=3000, lr=8e-4, batch=8)
     part("canny", control.train_flux, steps=1500, lr=4e-4, batch=8)
     part("sdxl-canny", control.train_unet, steps=1200, lr=4e-4, batch=8)
 

@@ -152,7 +152,6 @@ IMAGE = data_uri(Image.new("RGB", SIZE, "green"))
         (["--model", "flux-fill-dev", "--image", IMAGE], "mask is missing"),
         (["--controlnet", "canny"], "controlnet without control"),
         (["--controlnet", "canny=a", "--controlnet", "canny=b", "--control", f"canny:{IMAGE}"], "canny is given twice"),
-        (["--controlnet", ".", "--control", f"canny:{IMAGE}"], "no ControlNet '.'"),
         (["--controlnet", "./x", "--control", f"canny:{IMAGE}"], "say what it reads, as canny=./x"),
         (["--image-prompt", IMAGE], "say --redux and which adapter reads it: flux-redux-dev"),
         (["--image-prompt", IMAGE, "--redux", "nothing"], "no adapter 'nothing'"),
@@ -349,21 +348,16 @@ def test_from_the_shell_with_a_picture_and_a_control_picture(tmp_path: Path) -> 
     scene().save(tmp_path / "in:2.png")
     Image.new("L", SIZE, 255).save(tmp_path / "m.png")
     base = ["generate", "a red circle", "--model", "demo-dev", "--steps", "2", "--seed", "0", "--json"]
-    with_net = [*base, "--controlnet", "canny=edges.safetensors", "--save-controls"]
-
-    done = run(*base, "--image", "in.jpg", "--mask", "m.png", "--strength", "0.8", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["strength"] == 0.8
-
+    base += ["--controlnet", "canny=edges.safetensors", "--save-controls"]
     done = run(
-        *with_net, "--output", "a.webp", "--num-outputs", "2", "--control", "canny:in:2.png:0.8",
-        "--control-map", "canny:m.png:0.5:0-0.5", cwd=tmp_path,
+        *base, "--output", "a.webp", "--num-outputs", "2", "--image", "in.jpg", "--mask", "m.png", "--strength", "0.8",
+        "--control", "canny:in:2.png:0.8", "--control-map", "canny:m.png:0.5:0-0.5", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["images"] == ["a-0.webp", "a-1.webp"]
     assert report["controls"] == ["a-control-0.png", "a-control-1.png"]
-    assert (report["width"], report["height"], report["strength"]) == (*SIZE, None)
+    assert (report["width"], report["height"], report["strength"]) == (*SIZE, 0.8)
     with Image.open(tmp_path / "a-control-0.png") as image:
         lines = np.asarray(image.convert("L"))
         assert image.size == SIZE
@@ -372,7 +366,7 @@ def test_from_the_shell_with_a_picture_and_a_control_picture(tmp_path: Path) -> 
     with Image.open(tmp_path / "a-control-1.png") as image:
         assert image.convert("L").getextrema() == (255, 255)
 
-    done = run(*with_net, "--control", "dept:in.jpg", cwd=tmp_path)
+    done = run(*base, "--control", "dept:in.jpg", cwd=tmp_path)
     assert done.returncode == 2
     assert "'dept'" in done.stderr
 
@@ -448,7 +442,7 @@ def test_controlnets_are_found_by_kind_for_the_model() -> None:
     ]
     told, _ = beside(FLUX_DEV, "--control", "canny:x")
     assert told.controls == ("canny",)
-    with pytest.raises(UnknownModel, match="no ControlNet 'tyle'; did you mean|did you mean 'tile'"):
+    with pytest.raises(UnknownModel, match="did you mean 'tile'"):
         found(FLUX_DEV, "--control", "tyle:x")
     with pytest.raises(InvalidRequest, match="say what it reads"):
         found(FLUX_DEV, "--controlnet", "a/b.safetensors", "--control", "canny:x")

@@ -657,6 +657,15 @@ def test_fill_s_schema_on_a_model_that_draws(tmp_path: Path) -> None:
     assert image.getpixel((5, 5)) == (255, 255, 255)
 
 
+@pytest.mark.parametrize("schema", ["flux-fill-dev", "flux-canny-dev"])
+def test_a_model_by_its_folder(speak: Speak, published: Path, tmp_path: Path, schema: str) -> None:
+    """Told by its channels. Kontext, which no shape tells from dev, needs a manifest."""
+    predictor = Predictor(
+        schema, model=published / schema, device="cpu", dtype="float32", output_dir=tmp_path, say=lambda _: None
+    )
+    assert last(predictor, megapixels="0.25") == last(speak(schema), megapixels="0.25")
+
+
 def test_nothing_is_left_of_the_prediction_before(speak: Speak, tmp_path: Path) -> None:
     for schema, inputs in (
         ("flux-dev", {"image": photo_content, "prompt_strength": 0.5}),

@@ -126,12 +126,16 @@ def weight_of(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     columns, rows = size[0] // 16, size[1] // 16
     left, top, right, bottom = (boxes[..., i, None, None] / 16 for i in range(4))
     y, x = torch.arange(rows)[None, None, :, None], torch.arange(columns)[None, None, None, :]
-    inside = (x + 1.5 > left) & (x - 0.5 < right) & (y + 1.5 > top) & (y - 0.5 < bottom) & (boxes[..., 2, None, None] > 0)
+    inside = (
+        (x + 1.5 > left) & (x - 0.5 < right) & (y + 1.5 > top) & (y - 0.5 < bottom) & (boxes[..., 2, None, None] > 0)
+    )
     weight = 1.0 + 4.0 * inside.any(dim=1).float()
     return (weight / weight.mean(dim=(1, 2), keepdim=True)).flatten(1)
 
 
-def learn(run: Run, predict: Callable[[Tensor, Edged], Tensor], source: Source, plans: Sequence[Sequence[float]]) -> None:
+def learn(
+    run: Run, predict: Callable[[Tensor, Edged], Tensor], source: Source, plans: Sequence[Sequence[float]]
+) -> None:
     walks = Walks(source, plans)  # pyright: ignore[reportArgumentType]  it only draws
 
     def loss_of(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
