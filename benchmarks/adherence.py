@@ -30,7 +30,8 @@ from PIL import Image
 import flux_engine
 from benchmarks import captions, oracle, sheets, world
 from flux_engine import Engine, images
-from flux_engine.specs import PUBLISHED_SIZES, ModelSpec
+from flux_engine.sizes import PUBLISHED_SIZES
+from flux_engine.specs import ModelSpec
 
 Size = tuple[int, int]
 Draw = Callable[[world.Scene, str, int, Size | None], Image.Image]

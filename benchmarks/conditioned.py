@@ -99,6 +99,7 @@ def other_object(case: Case) -> Scene:
 
 
 def repaint(engine: Engine, case: Case, steps: int | None, seed: int, _: argparse.Namespace) -> Outcome:
+    """Another object in the hole."""
     wanted = other_object(case)
     words = captions.write(wanted, case.rng)
     drawn = engine(words, image=case.picture, mask=hole(case), num_inference_steps=steps, seed=seed).image
@@ -107,6 +108,7 @@ def repaint(engine: Engine, case: Case, steps: int | None, seed: int, _: argpars
 
 
 def keep(engine: Engine, case: Case, steps: int | None, seed: int, _: argparse.Namespace) -> Outcome:
+    """What the mask keeps, without pasting back."""
     wanted, mask = other_object(case), hole(case)
     asked: dict[str, Any] = {"image": case.picture, "seed": seed}
     words = captions.write(wanted, case.rng)
@@ -123,6 +125,7 @@ def keep(engine: Engine, case: Case, steps: int | None, seed: int, _: argparse.N
 
 
 def outpaint(engine: Engine, case: Case, steps: int | None, seed: int, _: argparse.Namespace) -> Outcome:
+    """Room at one side."""
     width, height = case.picture.size
     ground = case.scene.ground
     across = ground.axis == "x" and ground.kind != "plain"  # the pattern goes on where it does not change
@@ -147,6 +150,7 @@ def outpaint(engine: Engine, case: Case, steps: int | None, seed: int, _: argpar
 
 
 def canny(engine: Engine, case: Case, steps: int | None, seed: int, args: argparse.Namespace) -> Outcome:
+    """Edges, and words that say neither where nor how large."""
     words = captions.write(case.scene, case.rng)
     size = dict(zip(("width", "height"), case.picture.size, strict=True))
     control = [] if args.plain else [Control(kind="canny", image=case.picture)]
@@ -162,6 +166,7 @@ def canny(engine: Engine, case: Case, steps: int | None, seed: int, args: argpar
 
 
 def depart(engine: Engine, case: Case, steps: int | None, seed: int, _: argparse.Namespace) -> Outcome:
+    """Three strengths."""
     words = captions.write(other_object(case), case.rng)
     steps = steps or 20  # so that every strength walks some
     drawn = [
@@ -184,7 +189,8 @@ def measure(
     """The outcomes of `count` cases at the model's own size; outpainting comes to 16:9 or 9:16."""
     size = engine.spec.sizes.named("1:1")
     if task == "outpaint":  # the square that 16:9 and 9:16 have in them
-        size = (min(engine.spec.sizes.named("16:9")),) * 2
+        short = min(engine.spec.sizes.named("16:9"))
+        size = (short, short)
     sampled = cases(seed, size, silent=task == "canny")
     args = argparse.Namespace(plain=plain)
     return [TASKS[task](engine, next(sampled), steps, seed + k, args) for k in range(count)]

@@ -20,7 +20,7 @@ import flux_engine
 from benchmarks import oracle, sheets
 from benchmarks.prompts import PROMPTS, WIDE
 from benchmarks.world import Scene
-from flux_engine.specs import PUBLISHED_SIZES
+from flux_engine.sizes import PUBLISHED_SIZES
 
 VARIED = (PROMPTS[0], *WIDE[1:9:3])
 """The prompts that are drawn once for each value."""

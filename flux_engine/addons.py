@@ -29,40 +29,47 @@ def find_controlnets(
 
     Raises InvalidRequest, UnknownModel, UnsupportedError or WeightsError.
     """
-    if isinstance(asked, (str, os.PathLike)) or not isinstance(asked, (Sequence, Mapping)):
-        raise InvalidRequest(f"controlnets {asked!r} is neither a list nor a mapping", field="controlnets")
     from flux_engine.assemble import file_of  # needs torch, which what a request may ask of them does not
 
-    if asked and spec.reads == "reference":
-        raise UnsupportedError(f"{spec.name} takes no ControlNets: none was made for it")
     known = hub.manifests(config.weights)
-    pairs = list(asked.items()) if isinstance(asked, Mapping) else [(None, one) for one in asked]
     found: list[tuple[ControlNetSpec, Path]] = []
-    for kind, where in pairs:
-        manifest = _manifest(where, spec, known)
-        if manifest is not None:
-            said = manifest.controls if kind is None else {kind: manifest.controls.get(kind)}
-            path = manifest.obtain(offline=offline, ledger=Ledger(config.cache), only=["controlnet"])["controlnet"]
-            found.append((ControlNetSpec(name=manifest.name, kinds=said), path))
-        elif kind is None:
-            raise InvalidRequest(
-                f"controlnets: say what {where} reads, as {{'canny': {os.fspath(where)!r}}}", field="controlnets"
-            )
+    for net, where in _meant(asked, spec, known):
+        if isinstance(where, hub.Manifest):
+            path = where.obtain(offline=offline, ledger=Ledger(config.cache), only=["controlnet"])["controlnet"]
         else:
-            path = file_of(os.fspath(where), known, offline=offline)
-            found.append((ControlNetSpec(name=path.stem, kinds={kind: None}), path))
+            path = file_of(where, known, offline=offline)
+        found.append((net, path))
     return found
 
 
 def controlnet_specs(asked: ControlNets, spec: ModelSpec, known: Mapping[str, hub.Manifest]) -> list[ControlNetSpec]:
-    """What a request may ask of them, before any of their files is looked at."""
-    pairs = asked.items() if isinstance(asked, Mapping) else [(None, one) for one in asked]
-    specs: list[ControlNetSpec] = []
+    """What a request may ask of them, before any of their files is looked at. Raises as `find_controlnets` does."""
+    return [net for net, _ in _meant(asked, spec, known)]
+
+
+def _meant(
+    asked: ControlNets, spec: ModelSpec, known: Mapping[str, hub.Manifest]
+) -> list[tuple[ControlNetSpec, hub.Manifest | str]]:
+    """Each with its manifest, or else with where it is."""
+    if isinstance(asked, (str, os.PathLike)) or not isinstance(asked, (Sequence, Mapping)):
+        raise InvalidRequest(f"controlnets {asked!r} is neither a list nor a mapping", field="controlnets")
+    if asked and spec.reads == "reference":
+        raise UnsupportedError(f"{spec.name} takes no ControlNets: none was made for it")
+    pairs = list(asked.items()) if isinstance(asked, Mapping) else [(None, one) for one in asked]
+    meant: list[tuple[ControlNetSpec, hub.Manifest | str]] = []
     for kind, where in pairs:
+        if not isinstance(where, str | os.PathLike) or not isinstance(kind, str | None):
+            raise InvalidRequest(f"controlnets: {where!r:.80} is no name and no path", field="controlnets")
         manifest = _manifest(where, spec, known)
-        kinds = manifest.controls if manifest and kind is None else {kind or "": None}
-        specs.append(ControlNetSpec(name=manifest.name if manifest else str(where), kinds=kinds))
-    return specs
+        name = os.fspath(where)
+        if manifest is not None:
+            kinds = manifest.controls if kind is None else {kind: manifest.controls.get(kind)}
+            meant.append((ControlNetSpec(name=manifest.name, kinds=kinds), manifest))
+        elif kind is None:
+            raise InvalidRequest(f"controlnets: say what {name} reads, as {{'canny': {name!r}}}", field="controlnets")
+        else:
+            meant.append((ControlNetSpec(name=Path(name).stem, kinds={kind: None}), name))
+    return meant
 
 
 def _manifest(where: Named, spec: ModelSpec, known: Mapping[str, hub.Manifest]) -> hub.Manifest | None:
@@ -71,6 +78,8 @@ def _manifest(where: Named, spec: ModelSpec, known: Mapping[str, hub.Manifest]) 
     nets = {one.name: one for one in known.values() if one.kind == "controlnet"}
     fitting = [one for one in nets.values() if one.spec in SPECS and _alike(SPECS[one.spec], spec)]
     if name in nets:
+        if nets[name].family != spec.family:
+            raise UnknownModel(f"{name} is a ControlNet for {nets[name].family} models, and {spec.name} is none")
         return nets[name]
     for one in fitting:
         if name in one.controls or (one.repository and one.repository == name):
@@ -80,9 +89,8 @@ def _manifest(where: Named, spec: ModelSpec, known: Mapping[str, hub.Manifest]) 
     if "/" not in name and not Path(name).exists():
         kinds = dict.fromkeys(kind for one in fitting for kind in one.controls)
         near = did_you_mean(name, [*kinds, *nets])
-        raise UnknownModel(
-            f"no ControlNet {name!r} for {spec.name}{near} Known: {', '.join([*kinds, *(one.name for one in fitting)])}"
-        )
+        there = ", ".join([*kinds, *(one.name for one in fitting)]) or "none for such a model; give a file"
+        raise UnknownModel(f"no ControlNet {name!r} for {spec.name}{near} Known: {there}")
     return None
 
 

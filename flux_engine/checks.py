@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 
 from flux_engine.errors import InvalidRequest
 
 MAX_PROMPT_CHARACTERS = 100_000
 MAX_SIDE_TOLD = 65_536
+
+
+def shown(value: object) -> str:
+    """A value in a message: never long; of a number with thousands of digits, which Python does not write, the type."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return f"(a {type(value).__name__})"
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def check_text(name: str, text: object) -> None:
@@ -41,19 +51,27 @@ def integer(name: str, value: object, low: int, high: int, *, field: str | None 
     """Accepts what stands for an integer (numpy's, too) and nothing that only looks like one (True, 3.5, "3").
 
     `field` is the request's, where the name is not."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise InvalidRequest(f"{name} {value!r} is not an integer", field=field or name)
-    found = value.__index__()  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        found = None if isinstance(value, bool) else operator.index(value)  # pyright: ignore[reportArgumentType]
+    except TypeError:  # also an array of several
+        found = None
+    if found is None:
+        raise InvalidRequest(f"{name} {shown(value)} is not an integer", field=field or name)
     if not low <= found <= high:
-        raise InvalidRequest(f"{name} {found} is outside {low} to {high}", field=field or name)
+        raise InvalidRequest(f"{name} {shown(found)} is outside {low} to {high}", field=field or name)
     return found
 
 
 def number(name: str, value: object, low: float, high: float, *, field: str | None = None) -> float:
     """A finite number within limits."""
-    if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
-        raise InvalidRequest(f"{name} {value!r} is not a number", field=field or name)
-    found = float(value)  # pyright: ignore[reportArgumentType]
+    try:
+        found = None if isinstance(value, (bool, str, bytes, bytearray)) else float(value)  # pyright: ignore[reportArgumentType]
+    except OverflowError:  # a whole number of hundreds of digits
+        found = math.inf
+    except (TypeError, ValueError):  # also an array of several
+        found = None
+    if found is None:
+        raise InvalidRequest(f"{name} {shown(value)} is not a number", field=field or name)
     if not math.isfinite(found) or not low <= found <= high:
         raise InvalidRequest(f"{name} {found} is outside {low:g} to {high:g}", field=field or name)
     return found

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from flux_engine import hardware, images
-from flux_engine.addons import ControlNets, find_controlnets, find_redux
+from flux_engine import hardware, hub, images
+from flux_engine.addons import ControlNets, controlnet_specs, find_controlnets, find_redux
 from flux_engine.assemble import find_model
 from flux_engine.config import EngineConfig
 from flux_engine.errors import InvalidRequest, OutOfMemory, OutputError, WeightsError, did_you_mean
@@ -26,7 +26,7 @@ from flux_engine.families.sdxl import SDXLFamily
 from flux_engine.pipeline import OnStep, Pipeline, check_cancelled
 from flux_engine.request import Job, Request
 from flux_engine.result import Result
-from flux_engine.specs import ModelSpec, SDXLSpec, refined
+from flux_engine.specs import FluxSpec, ModelSpec, SDXLSpec, refined
 from flux_engine.text.inversion import Inversion, read_inversion
 
 log = logging.getLogger(__name__)
@@ -82,10 +82,16 @@ def load(
     began = time.perf_counter()
     target = hardware.pick_device(config.device)
     compute = hardware.pick_dtype(config.dtype, target)
+    known = hub.manifests(config.weights)
+    early = hub.spec_of(_named(model), known)
+    if early is not None:  # what cannot be is refused before gigabytes are fetched
+        controlnet_specs(controlnets, early, known)
+        _check_redux(redux, early)
     found = find_model(_named(model), config, revision=revision, variant=variant, offline=offline)
     refining = None if refiner is None else find_model(_named(refiner), config, offline=offline, only=["unet"])
     refined(found.spec, refining.spec if refining else None)
     nets = find_controlnets(controlnets, found.spec, config, offline=offline)
+    _check_redux(redux, found.spec)
     adapter = None if redux is None else find_redux(redux, config, offline=offline)
     with _memory_errors(f"loading {model}"):
         family = load_family(
@@ -98,13 +104,16 @@ def load(
         if refining and isinstance(family, SDXLFamily) and isinstance(refining.spec, SDXLSpec):
             family = family.with_refiner(refining.spec, refining.parts)
         family = family.with_controlnets(nets)
-        if adapter is not None:
-            if not isinstance(family, FluxFamily):
-                raise InvalidRequest(f"redux: {family.spec.name} is no FLUX.1 model", field="redux")
+        if adapter is not None and isinstance(family, FluxFamily):
             family = family.with_redux(adapter)
     seconds = time.perf_counter() - began
     log.info("loaded %s on %s as %s in %.2f s", model, target, compute, seconds)
     return Engine(family, load_seconds=seconds)
+
+
+def _check_redux(redux: object, spec: ModelSpec) -> None:
+    if redux is not None and not isinstance(spec, FluxSpec):
+        raise InvalidRequest(f"redux: {spec.name} is no FLUX.1 model", field="redux")
 
 
 def _named(model: str | os.PathLike[str]) -> str:

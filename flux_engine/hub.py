@@ -210,6 +210,12 @@ def refer(name: str, known: Mapping[str, Manifest]) -> Manifest | Path | Reposit
     return find(name, known, more="; or a path, or OWNER/NAME on the Hugging Face hub")
 
 
+def spec_of(name: str, known: Mapping[str, Manifest]) -> ModelSpec | None:
+    """The spec of a model that a manifest tells; of a file or repository the weights have to be looked at: None."""
+    meant = refer(name, known)
+    return meant.model_spec() if isinstance(meant, Manifest) else None
+
+
 def find(name: str, known: Mapping[str, Manifest] | None = None, *, more: str = "") -> Manifest:
     """A manifest by its name, of the packaged ones by default.
 

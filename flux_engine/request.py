@@ -113,7 +113,7 @@ class Request(PictureFields):
         refine = self._refine(spec, steps, notes)
         told = self._told(spec, width, height, notes)
         if self.strict and notes:
-            raise InvalidRequest("strict: " + "; ".join(notes))
+            raise InvalidRequest("strict: " + "; ".join(notes), field="strict")
         return Job(
             spec=spec,
             prompts=tuple(prompt for prompt in prompts for _ in range(num_outputs)),
@@ -143,14 +143,15 @@ class Request(PictureFields):
         sizes = spec.sizes
         if self.width is None and self.height is None:
             ratio, megapixels = self.aspect_ratio, _text_of(self.megapixels)
-            if ratio in (None, MATCH_INPUT_IMAGE) and brought is not None and brought.leading is not None:
+            match = isinstance(ratio, str) and ratio == MATCH_INPUT_IMAGE
+            if (ratio is None or match) and brought is not None and brought.leading is not None:
                 leading = brought.leading.size
                 if brought.resize == "none":
                     return self._checked_size(spec, *leading, [])
                 from flux_engine.inputs.following import following  # needs PIL, which nothing else here does
 
                 return following(leading, sizes, megapixels)
-            if ratio == MATCH_INPUT_IMAGE:
+            if match:
                 raise InvalidRequest(f"aspect_ratio {ratio!r}: there is no picture to match", field="aspect_ratio")
             return sizes.named("1:1" if ratio is None else ratio, megapixels)
         if self.width is None or self.height is None:
@@ -334,5 +335,5 @@ def _prompts(prompt: object) -> list[str]:
 
 def _text_of(megapixels: object) -> str | None:
     """0.25 is as good as "0.25"."""
-    number = isinstance(megapixels, int | float) and not isinstance(megapixels, bool)
-    return f"{megapixels:g}" if number else megapixels  # pyright: ignore[reportReturnType]
+    is_number = isinstance(megapixels, int | float) and not isinstance(megapixels, bool) and abs(megapixels) < 1e6
+    return f"{megapixels:g}" if is_number else megapixels  # pyright: ignore[reportReturnType]

@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from training import control, export, fill, flux, latents, text, unet, vae  # noqa: E402
 
-from flux_engine.specs import MEGAPIXELS  # noqa: E402
+from flux_engine.sizes import MEGAPIXELS  # noqa: E402
 
 
 def main() -> None:

@@ -14,7 +14,8 @@ from flux_engine.families.sdxl import SDXLFamily
 from flux_engine.models.unet import UNet
 from flux_engine.models.vae import AutoEncoder
 from flux_engine.params import UNetParams
-from flux_engine.specs import SDXL, SDXL_REFINER, SDXLSpec, SizeTable
+from flux_engine.sizes import SizeTable
+from flux_engine.specs import SDXL, SDXL_REFINER, SDXLSpec
 from flux_engine.text.sdxl import Reader, SDXLTextEncoder
 
 TOKENIZER = Path(__file__).parent.parent / "weights" / "demo" / "flux" / "tokenizer"

@@ -150,8 +150,8 @@ def test_every_size_of_demo_sdxl(sdxl: Engine, size: tuple[int, int]) -> None:
 
 @pytest.mark.full
 def test_a_negative_prompt_takes_a_color_away(sdxl: Engine) -> None:
-    """Of the colours that a prompt leaves open, each of the three that come most often comes a fifth as often, all three
-    taken together, where the negative prompt names it."""
+    """Of the colours that a prompt leaves open, the three that come most often come, taken together, a fifth as often
+    where the negative prompt names each."""
     prompt, count = "a large circle on a white background", 60
 
     def colors(**asked: Any) -> list[str]:

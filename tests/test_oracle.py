@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from benchmarks import oracle, world
 from benchmarks.world import Ground, Placed, Scene
-from flux_engine.specs import MEGAPIXELS, PUBLISHED_SIZES, SizeTable
+from flux_engine.sizes import MEGAPIXELS, PUBLISHED_SIZES, SizeTable
 
 TABLE = SizeTable(divisor=4)
 SIZES = [TABLE.named(ratio, megapixels) for ratio in PUBLISHED_SIZES for megapixels in MEGAPIXELS]

@@ -42,7 +42,9 @@ def test_words_with_a_picture_agree_with_diffusers(engine: Engine, tmp_path: Pat
     parts = {name: getattr(pipe, name) for name in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")}
     prior = theirs(publish(tmp_path / "redux", DEMO_WIDTH), DEMO_WIDTH, **parts)
     text = pipe.encode_prompt(PROMPT, PROMPT, max_sequence_length=engine.spec.max_sequence_length)
-    tokens = prior(picture(1), prompt=PROMPT, prompt_2=PROMPT).prompt_embeds[:, -9:]  # its words are cut at another length than the model's
+    tokens = prior(picture(1), prompt=PROMPT, prompt_2=PROMPT).prompt_embeds[
+        :, -9:
+    ]  # its words are cut at another length than the model's
     job = flux_engine.Request(prompt=PROMPT, seed=3, width=128, height=96).resolve(engine.spec)
     noise = engine._pipeline.family.noise(generators_of(job), *job.latent_size)
     reference = pipe(

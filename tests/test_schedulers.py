@@ -9,7 +9,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from flux_engine.checkpoints.export import flux_scheduler_config
 from flux_engine.schedulers import flow_match_euler
-from flux_engine.specs import FLUX_DEV, FLUX_SCHNELL, PUBLISHED_SIZES, SizeTable
+from flux_engine.sizes import PUBLISHED_SIZES, SizeTable
+from flux_engine.specs import FLUX_DEV, FLUX_SCHNELL
 
 
 def test_schnell_is_even() -> None:

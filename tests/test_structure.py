@@ -19,9 +19,10 @@ PACKAGE = ROOT / "flux_engine"
 LEVELS = {
     "errors": 0,
     "params": 0.05,
+    "sizes": 0.07,
     "specs": 0.1,
     "config": 0.1,
-    "checks": 0.1,
+    "checks": 0.06,
     "guarded": 1,
     "pictures": 1.1,
     "preprocess": 3.4,

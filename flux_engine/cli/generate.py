@@ -17,7 +17,8 @@ from flux_engine.cli.output import show, since_process_start, tell
 from flux_engine.config import DTYPES, EngineConfig
 from flux_engine.errors import InvalidRequest
 from flux_engine.request import MATCH_INPUT_IMAGE, Job, Request
-from flux_engine.specs import MATCH_INPUT, MEGAPIXELS, PUBLISHED_SIZES, SCHEDULERS, ModelSpec, refined
+from flux_engine.sizes import MATCH_INPUT, MEGAPIXELS, PUBLISHED_SIZES
+from flux_engine.specs import SCHEDULERS, ModelSpec, refined
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -143,9 +144,9 @@ def _request(args: argparse.Namespace) -> Request:
 
 def _spec(model: str, known: Mapping[str, hub.Manifest], config: EngineConfig) -> ModelSpec:
     """A manifest tells it at once; of a file or repository the weights have to be looked at."""
-    meant = hub.refer(model, known)
-    if isinstance(meant, hub.Manifest):
-        return meant.model_spec()
+    spec = hub.spec_of(model, known)
+    if spec is not None:
+        return spec
     from flux_engine.assemble import find_model
 
     return find_model(model, config).spec

@@ -250,7 +250,7 @@ class Family(ABC, Generic[Spec]):
         """The same with ControlNets beside it. Raises WeightsError for one that does not fit."""
         if not found:
             return self
-        nets = [self.load_controlnet(spec, path) for spec, path in found]
+        nets = [self.load_controlnet(spec, path) for spec, path in _each_file_once(found)]
         spec = replace(self.spec, controlnets=tuple(net.spec for net in nets))
         return replace(self, spec=spec, controlnets=tuple(nets))  # pyright: ignore[reportArgumentType]
 
@@ -287,6 +287,15 @@ class Family(ABC, Generic[Spec]):
         ridge = 1e-2 * len(inputs) * torch.eye(inputs.shape[1])
         solved = torch.linalg.solve(inputs.T @ inputs + ridge, inputs.T @ colors).to(device)
         return solved[:-1], solved[-1]
+
+
+def _each_file_once(found: Sequence[tuple[ControlNetSpec, Path]]) -> list[tuple[ControlNetSpec, Path]]:
+    """A network that was named for several kinds answers for all of them."""
+    files: dict[Path, ControlNetSpec] = {}
+    for spec, path in found:
+        kinds = files[path].kinds if path in files else {}
+        files[path] = replace(spec, kinds={**kinds, **spec.kinds})
+    return [(spec, path) for path, spec in files.items()]
 
 
 def load_vae(spec: ModelSpec, file: Path, *, dtype: torch.dtype, device: torch.device) -> AutoEncoder:

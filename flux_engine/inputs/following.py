@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flux_engine import pictures
 from flux_engine.errors import InvalidRequest
-from flux_engine.specs import MATCH_INPUT, SizeTable
+from flux_engine.sizes import MATCH_INPUT, SizeTable
 
 Size = tuple[int, int]
 """(width, height)."""
@@ -19,7 +19,7 @@ def following(picture: Size, sizes: SizeTable, megapixels: str | None) -> Size:
     if megapixels is None and sizes.follow == "preferred":
         return pictures.nearest_aspect(picture, preferred(sizes))
     shorter: float = min(picture) * limit / max(*picture, limit)  # before it is put on the grid
-    if megapixels == MATCH_INPUT:
+    if isinstance(megapixels, str) and megapixels == MATCH_INPUT:
         size = pictures.within(picture, limit, 2 * sizes.multiple, floor=True)
     elif megapixels is not None or sizes.follow == "area":
         megapixels = sizes.classes[0] if megapixels is None else megapixels

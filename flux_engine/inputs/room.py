@@ -8,7 +8,7 @@ from PIL import Image
 
 from flux_engine.checks import integer
 from flux_engine.errors import InvalidRequest
-from flux_engine.specs import SizeTable
+from flux_engine.sizes import SizeTable
 
 OVERLAP = 8
 """Pixels of the picture, along each side with room, that are repainted too, so that the room goes on from it."""

@@ -7,6 +7,7 @@ import functools
 import os
 import re
 import stat
+import threading
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
@@ -25,6 +26,8 @@ MAX_PERCENT = 4 * 2**20
 BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]{64,}={0,2}\s*")
 ESCAPED = {"%2B": "+", "%2F": "/", "%3D": "=", "%0A": "", "%0D": "", "%20": ""}
 """What percent signs stand for in base64."""
+_LOADING = threading.Lock()
+"""A picture that PIL has opened and not read yet is read by one thread at a time: two would leave it half read."""
 STARTS = (b"\xff\xd8", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II", b"MM")
 
 
@@ -82,7 +85,8 @@ def _scheme(text: str) -> str | None:
 def _picture(value: Any, field: str, urls: bool, refuse: Refuse) -> Image.Image:
     if isinstance(value, Image.Image):
         check_size(value.size, refuse)
-        value.load()
+        with _LOADING:
+            value.load()
         return plain(value.copy(), refuse)
     if isinstance(value, np.ndarray):
         return plain(of_array(value, refuse), refuse)

@@ -92,7 +92,7 @@ PREPROCESSORS: Mapping[str, Preprocessor] = MappingProxyType(
 """Published name -> what it makes and what it needs."""
 
 
-def check(name: str, **options: object) -> None:
+def check(name: str, /, **options: object) -> None:
     """Whether a preprocessor is known, can be told these options, and can run here. Loads and fetches nothing.
 
     Raises InvalidRequest, or UnsupportedError that says what is missing.
@@ -103,7 +103,7 @@ def check(name: str, **options: object) -> None:
 
 
 def preprocess(
-    name: str, image: Image.Image, *, offline: bool = False, device: str = "auto", **options: object
+    name: str, image: Image.Image, /, *, offline: bool = False, device: str = "auto", **options: object
 ) -> Image.Image:
     """The control picture that a preprocessor makes of an RGB picture, RGB and of the same size.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from flux_engine.checks import shown
 from flux_engine.errors import InvalidRequest, UnsupportedError, did_you_mean
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
@@ -41,10 +41,10 @@ class Number:
     def check(self, name: str, value: object) -> float:
         """Raises InvalidRequest for what it cannot be."""
         kind = int if self.whole else int | float
-        if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):
-            raise InvalidRequest(f"{name} {value!r} is not a {'whole ' if self.whole else ''}number", field=name)
+        if isinstance(value, bool) or not isinstance(value, kind) or value != value:
+            raise InvalidRequest(f"{name} {value!r:.80} is not a {'whole ' if self.whole else ''}number", field=name)
         if not self.least <= value <= self.most:
-            raise InvalidRequest(f"{name} {value} is not between {self.least:g} and {self.most:g}", field=name)
+            raise InvalidRequest(f"{name} {shown(value)} is not between {self.least:g} and {self.most:g}", field=name)
         return value
 
 

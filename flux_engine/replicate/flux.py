@@ -17,7 +17,7 @@ from flux_engine.replicate.inputs import (
     STEPS,
 )
 from flux_engine.replicate.schema import Input, Schema, Steering
-from flux_engine.specs import MEGAPIXELS, PUBLISHED_SIZES
+from flux_engine.sizes import MEGAPIXELS, PUBLISHED_SIZES
 
 ASPECT_RATIO = Input(
     name="aspect_ratio",

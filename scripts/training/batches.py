@@ -12,7 +12,8 @@ from torch import Tensor
 
 from benchmarks import captions
 from flux_engine.families.flux import image_ids, patchify
-from flux_engine.specs import DEMO_DEV, MEGAPIXELS
+from flux_engine.sizes import MEGAPIXELS
+from flux_engine.specs import DEMO_DEV
 from training import hints
 from training.latents import CAPTIONS, LAYOUTS, Pool, Texts, load_pool, load_texts, path_of, sizes
 from training.run import log

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from benchmarks import captions, world
 from benchmarks.world import Ground, Placed, Scene, Thing
-from flux_engine.specs import DEMO_DEV, PUBLISHED_SIZES
+from flux_engine.sizes import PUBLISHED_SIZES
+from flux_engine.specs import DEMO_DEV
 from training.run import OUT, autocast, log
 from training.text import load_text
 from training.vae import load_vae, to_tensor

@@ -17,7 +17,8 @@ from benchmarks import world
 from flux_engine.families.base import channels_last
 from flux_engine.models.vae import AutoEncoder
 from flux_engine.params import VAEParams
-from flux_engine.specs import DEMO_DEV, DEMO_SDXL, PUBLISHED_SIZES
+from flux_engine.sizes import PUBLISHED_SIZES
+from flux_engine.specs import DEMO_DEV, DEMO_SDXL
 from training.run import Run, autocast, read_average
 
 PARAMS = {"vae": DEMO_DEV.vae, "sdxl-vae": DEMO_SDXL.vae}
