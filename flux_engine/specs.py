@@ -305,7 +305,7 @@ DEMO_SDXL = replace(
     sizes=replace(DEMO_DEV.sizes, multiple=8, classes=("1",), follow_limit=2048),
     zero_negative=False,
     num_inference_steps=25,
-    guidance_scale=3.0,
+    guidance_scale=2.0,
 )
 DEMO_SDXL_TURBO = replace(
     DEMO_SDXL,
