@@ -12,6 +12,7 @@ from diffusers import StableDiffusionXLPipeline
 
 from flux_engine.engine import Engine
 from flux_engine.errors import InvalidRequest
+from flux_engine.families.base import Condition
 from flux_engine.result import Result
 
 PROMPT = "a large red circle on a blue background"
@@ -42,7 +43,7 @@ def test_prompts_are_encoded_as_diffusers_encodes_them(
     engine: Engine, theirs: StableDiffusionXLPipeline, prompt: str, negative: str | None
 ) -> None:
     job = draw(engine, prompt, negative_prompt=negative, num_inference_steps=1).job
-    encoded = engine._pipeline.family.encode(job)
+    encoded = engine._pipeline.family.encode(job, Condition())
     rows = [encoded.text.tokens[row] for row in encoded.rows], [encoded.text.pooled[row] for row in encoded.rows]
     tokens, negative_tokens, pooled, negative_pooled = theirs.encode_prompt(
         prompt, negative_prompt=negative, do_classifier_free_guidance=True

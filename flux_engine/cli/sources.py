@@ -170,9 +170,12 @@ def _controlnets(
     for one in asked:
         kind, given, where = one.partition("=")
         if not (given and kind.isidentifier()):
-            (names[one],) = controlnet_specs([one], spec, known)
-            if "" in names[one].kinds:
-                raise InvalidRequest(f"controlnet {one}: say what it reads, as canny={one}", field="controlnets")
+            try:
+                (names[one],) = controlnet_specs([one], spec, known)
+            except InvalidRequest:  # says it as Python does
+                raise InvalidRequest(
+                    f"controlnet {one}: say what it reads, as canny={one}", field="controlnets"
+                ) from None
         elif files.setdefault(kind, where) != where:
             raise InvalidRequest(f"controlnet: {kind} is given twice", field="controlnets")
     specs = [*names.values(), *controlnet_specs(files, spec, known)]

@@ -129,5 +129,5 @@ def _preprocessor(control: Control, *, own: bool) -> tuple[str | None, Mapping[s
     except InvalidRequest as error:
         raise InvalidRequest(f"control {control.kind}: {error}", field="control") from None
     except FluxEngineError as error:
-        raise type(error)(f"control {control.kind}: {error}; preprocess=False takes a picture as it is") from None
+        raise type(error)(f"control {control.kind}: {error}") from None
     return str(asked), dict(options)
