@@ -1,0 +1,51 @@
+"""What pictures that come with a request do to the shipped models, read back by the oracle."""
+
+from __future__ import annotations
+
+import pytest
+
+import flux_engine
+from benchmarks import conditioned
+from flux_engine.engine import Engine
+
+SEED = 2024
+
+
+@pytest.fixture(scope="module", params=["demo-schnell", "demo-sdxl"])
+def engine(request: pytest.FixtureRequest) -> Engine:
+    return flux_engine.load(request.param)
+
+
+def outcomes(engine: Engine, task: str, count: int = 100) -> list[conditioned.Outcome]:
+    made = conditioned.measure(engine, task, count, SEED)
+    print(task, engine.spec.name, conditioned.share(made), conditioned.mean(made))  # noqa: T201
+    return made
+
+
+def test_a_hole_is_filled_with_what_is_asked_for() -> None:
+    assert conditioned.share(outcomes(flux_engine.load("demo-schnell"), "repaint", 6)) >= 5 / 6
+
+
+@pytest.mark.full
+def test_the_repainted_object_is_the_one_asked_for(engine: Engine) -> None:
+    assert conditioned.share(outcomes(engine, "repaint")) >= 0.80
+
+
+@pytest.mark.full
+def test_what_the_mask_keeps_is_as_the_autoencoder_gives_it(engine: Engine) -> None:
+    """To a quarter of a step of 8 bits: an autoencoder's attention and normalisation reach over the whole picture."""
+    figures = conditioned.mean(outcomes(engine, "keep"))
+    assert figures["kept"] <= figures["autoencoder"] + 0.001
+
+
+@pytest.mark.full
+def test_outpainting_keeps_the_picture_and_continues_its_background(engine: Engine) -> None:
+    assert conditioned.share(outcomes(engine, "outpaint")) >= 0.80
+
+
+@pytest.mark.full
+def test_img2img_departs_further_the_stronger_it_is(engine: Engine) -> None:
+    made = outcomes(engine, "depart")
+    figures = list(conditioned.mean(made).values())
+    assert figures == sorted(figures)
+    assert conditioned.share(made) >= 0.95
