@@ -452,7 +452,7 @@ def test_of_several_frames_the_first() -> None:
         (Image.new("RGB", (0, 5)), "empty"),
         (Image.new("L", (MAX_SIDE + 1, 1)), "too large"),
     ],
-    ids=lambda value: repr(value)[:24],
+    ids=lambda value: repr(value)[:24].partition(" at 0x")[0],
 )
 def test_what_is_no_picture_is_refused(value: object, word: str) -> None:
     refused(value, word)
