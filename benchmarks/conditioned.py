@@ -67,10 +67,10 @@ def cases(seed: int, size: tuple[int, int], *, silent: bool = False) -> Iterator
         rng = random.Random(f"conditioned {seed} {number}")
         number += 1
         scene = world.sample_scene(rng, things=1, open_share=0.0)
-        if silent:
-            scene = replace(scene, things=tuple(replace(thing, size="", place="") for thing in scene.things))
         settled = world.settle(scene, rng)
         placed = world.layout(settled, *size, rng)
+        if silent:
+            scene = replace(scene, things=tuple(replace(thing, size="", place="") for thing in scene.things))
         yield Case(scene, settled, placed, world.paint(settled.ground, placed, *size), rng)
 
 
@@ -158,7 +158,7 @@ def canny(engine: Engine, case: Case, steps: int | None, seed: int, args: argpar
     truth = Image.new("L", case.picture.size)
     (thing,) = case.placed
     ImageDraw.Draw(truth).polygon(world.outline(thing.shape, thing.cx, thing.cy, thing.radius), fill=255)
-    overlap = _overlap(np.asarray(truth) > 127, result.image)
+    overlap = _overlap(truth, result.image)
     verdict = oracle.judge(result.image, case.scene)
     pictures = (case.picture, *result.controls, result.image)
     figures = {"overlap": overlap, "as said": float(all(verdict.values()))}
@@ -217,14 +217,15 @@ def _error(one: Image.Image, other: Image.Image, where: np.ndarray) -> float:
     return float(np.sqrt((difference**2).mean())) if difference.size else 0.0
 
 
-def _overlap(truth: np.ndarray, picture: Image.Image) -> float:
-    """Of a shape with the object in a picture that covers it best."""
+def _overlap(truth: Image.Image, picture: Image.Image) -> float:
+    """Of a white shape with the object in a picture that covers it best."""
     pixels = oracle._pixels(picture)
+    shape = np.asarray(truth.resize(pixels.shape[1::-1], Image.Resampling.BOX)) > 127
     best = 0.0
     for mask, (left, top) in oracle._blobs(pixels, oracle._backdrop(pixels)):
-        found = np.zeros(truth.shape, bool)
+        found = np.zeros(shape.shape, bool)
         found[top : top + mask.shape[0], left : left + mask.shape[1]] = mask
-        best = max(best, float((truth & found).sum() / (truth | found).sum()))
+        best = max(best, float((shape & found).sum() / (shape | found).sum()))
     return best
 
 

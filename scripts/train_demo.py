@@ -93,8 +93,8 @@ def main() -> None:
             command.add_argument("--thin", type=float, default=0.8, help="share of those with half of their tokens")
 
     part("fill", fill.train_fill, steps=3000, lr=8e-4, batch=8)
-    part("canny", control.train_flux, steps=1500, lr=4e-4, batch=8)
-    part("sdxl-canny", control.train_unet, steps=1200, lr=4e-4, batch=8)
+    part("canny", control.train_flux, steps=2000, lr=1e-3, batch=8)
+    part("sdxl-canny", control.train_unet, steps=2000, lr=1e-3, batch=8)
 
     kept = commands.add_parser("checkpoint")
     kept.add_argument("names", nargs="+", metavar="RUN")

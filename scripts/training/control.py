@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, pad, pixel_unshuffle
 
 from benchmarks import captions, world
 from benchmarks.world import Scene
@@ -29,7 +30,7 @@ from flux_engine.preprocess import preprocess
 from flux_engine.specs import DEMO_SCHNELL, DEMO_SDXL
 from training.batches import Batch, Walks, evenly, noise_level
 from training.flux import error_of, in_a_block, optimizers_of, use_faster_operations
-from training.latents import OUT, boxes_of, keep
+from training.latents import CELL, OUT, boxes_of, coverage_maps, keep
 from training.run import Run, autocast, log, read_average
 from training.text import load_paired, load_text
 from training.unet import discrete, in_an_attention, new_unet, walk
@@ -47,6 +48,8 @@ class Edged(Batch):
 
     edges: Tensor
     """(B, 1, H, W), 0 or 1."""
+    cover: Tensor
+    """(B, 1, H / CELL, W / CELL): how much of a cell the objects cover."""
 
 
 def silent(scene: Scene) -> Scene:
@@ -65,19 +68,26 @@ def make_pool(width: int, height: int, count: int, vae: Any) -> dict[str, Any]:
     latents: list[Tensor] = []
     edges: list[np.ndarray[Any, Any]] = []
     boxes: list[Any] = []
+    covers: list[np.ndarray[Any, Any]] = []
     with torch.inference_mode():
         for _ in range(count):
             scene = world.sample_scene(rng)
-            scene = silent(scene) if rng.random() < SILENT else scene
             settled = world.settle(scene, rng)
             placed = world.layout(settled, width, height, rng)
             picture = world.paint(settled.ground, placed, width, height)
+            covers.append(coverage_maps(settled, placed, width, height)[:2].max(axis=0))
             edges.append(np.packbits(np.asarray(edges_of(picture).convert("L")) > 127))
             boxes.append(boxes_of(placed))
-            told.append(scene)
+            told.append(silent(scene) if rng.random() < SILENT else scene)
             latents.append(vae.encode(to_tensor([picture])).half())
     packed = torch.from_numpy(np.stack(edges))
-    return {"scenes": told, "latents": torch.cat(latents), "edges": packed, "boxes": torch.tensor(boxes)}
+    return {
+        "scenes": told,
+        "latents": torch.cat(latents),
+        "edges": packed,
+        "boxes": torch.tensor(boxes),
+        "covers": torch.from_numpy(np.stack(covers)),
+    }
 
 
 class Source:
@@ -117,6 +127,7 @@ class Source:
             size=size,
             weight=weight_of(pool["boxes"][picks], size),
             answers=None,  # pyright: ignore[reportArgumentType]  nothing is asked on the way
+            cover=pool["covers"][picks][:, None].float() / 255,
             edges=torch.from_numpy(bits).reshape(len(picks), 1, size[1], size[0]).float(),
         )
 
@@ -133,19 +144,53 @@ def weight_of(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     return (weight / weight.mean(dim=(1, 2), keepdim=True)).flatten(1)
 
 
+class Asked(nn.Module):
+    """A ControlNet whose features are asked aside what the objects cover, which they soon know, where the picture alone
+    teaches it slowly."""
+
+    def __init__(self, net: nn.Module, module: nn.Module, channels: int, pixels: int) -> None:
+        """`module` is asked, whose features, tokens or a map, lie `pixels` apart."""
+        super().__init__()
+        self.controlnet = net
+        self.cells = pixels // CELL
+        self.head = nn.Linear(channels, self.cells**2)
+        self.seen: Any = None
+        module.register_forward_hook(lambda _, __, out: setattr(self, "seen", out))
+
+    def missed(self, cover: Tensor) -> Tensor:
+        """(B,): of what the last call's features were asked."""
+        seen = self.seen[0] if isinstance(self.seen, tuple) else self.seen
+        tokens = seen
+        if seen.dim() == 4:  # a map, whose size is rounded up
+            down, right = (side * self.cells - have for side, have in zip(seen.shape[2:], cover.shape[2:], strict=True))
+            cover = pad(cover, (0, right, 0, down))
+            tokens = seen.flatten(2).transpose(1, 2)
+        truth = pixel_unshuffle(cover, self.cells).flatten(2).transpose(1, 2)
+        return binary_cross_entropy_with_logits(self.head(tokens.float()), truth, reduction="none").mean(dim=(1, 2))
+
+
+Predict = Callable[[Tensor, Any], Tensor]
+
+
 def learn(
-    run: Run, predict: Callable[[Tensor, Edged], Tensor], source: Source, plans: Sequence[Sequence[float]]
+    run: Run, predict: Predict, source: Any, plans: Sequence[Sequence[float]], asked: Asked | None = None
 ) -> None:
-    walks = Walks(source, plans)  # pyright: ignore[reportArgumentType]  it only draws
+    """Half of a step is pictures with noise, half is where the network's own steps lead."""
+    walks = Walks(source, plans)
+
+    def error(x: Tensor, batch: Any, walked: bool) -> tuple[Tensor, Tensor, float]:
+        out = predict(x, batch)
+        wrong = error_of(out, batch.velocity(x), batch, walked=walked).mean()
+        missed = asked.missed(batch.cover).mean() if asked else torch.zeros(())
+        return out, wrong + missed, missed.item()
 
     def loss_of(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
         batch = source.draw(rng, noise_level)
-        loss = error_of(predict(batch.mixed, batch), batch.velocity(batch.mixed), batch, walked=False).mean()
+        _, loss, missed = error(batch.mixed, batch, walked=False)
         walk = walks.take(rng)
-        out = predict(walk.x, walk.batch)  # pyright: ignore[reportArgumentType]
-        walked = error_of(out, walk.batch.velocity(walk.x), walk.batch, walked=True).mean()
+        out, walked, _ = error(walk.x, walk.batch, walked=True)
         walks.go(walk, out)
-        return (loss + walked) / 2, {"walked": walked.item()}
+        return (loss + walked) / 2, {"walked": walked.item(), "missed": missed}
 
     run.train(loss_of)
 
@@ -158,12 +203,11 @@ def zeroed(layers: Sequence[nn.Module]) -> None:
 
 
 def new_flux_controlnet(base: Flux) -> FluxControlNet:
-    """The base's first double block, which reads the edges' latent beside the picture's."""
-    net = FluxControlNet(FluxControlNetParams.of(base.params, depth=1, depth_single_blocks=0))
+    """The base's first double block, which reads the edges through convolutions of its own, as XLabs' do."""
+    params = FluxControlNetParams.of(base.params, depth=1, depth_single_blocks=0)
+    net = FluxControlNet(replace(params, hint_width=16))
     net.load_state_dict(base.state_dict(), strict=False)
     zeroed([*net.controlnet_blocks])
-    with torch.no_grad():
-        net.controlnet_x_embedder.weight.mul_(0.5)
     return net
 
 
@@ -174,20 +218,19 @@ def train_flux(args: argparse.Namespace) -> None:
     base = Flux(replace(DEMO_SCHNELL.transformer))
     base.load_state_dict(read_average("demo-schnell", "flux."))
     base.eval().requires_grad_(False)
-    net, vae = new_flux_controlnet(base), load_vae("vae")
-    run = Run("demo-canny", nn.ModuleDict({"controlnet": net}), optimizers_of(net, args.lr, in_a_block),
-              steps=args.steps, ema=0.99)  # fmt: skip
+    net = new_flux_controlnet(base)
+    asked = Asked(net, net.double_blocks[0], base.params.hidden_size, pixels=16)
+    run = Run("demo-canny", asked, optimizers_of(asked, args.lr, in_a_block), steps=args.steps, ema=0.99)
 
     def predict(x: Tensor, batch: Edged) -> Tensor:
-        with torch.no_grad():
-            hint = patchify(vae.encode((batch.edges * 2 - 1).expand(-1, 3, -1, -1)))
         with autocast():
+            hint = (batch.edges * 2 - 1).expand(-1, 3, -1, -1)
             fixed = base.precompute(batch.tokens, batch.pooled, batch.positions, batch.t[None], None)
             told = net.precompute(batch.tokens, batch.pooled, batch.positions, batch.t[None], None)
             samples = net(x, net.embed_hint(hint), 0, told)
             return base(x, 0, fixed, net.residuals(samples, base.params)).float()
 
-    learn(run, predict, Source(args.batch, "vae", load_text()), [evenly(steps) for steps in (2, 4)])
+    learn(run, predict, Source(args.batch, "vae", load_text()), [evenly(steps) for steps in (2, 4)], asked)
 
 
 def new_unet_controlnet(base: UNet) -> UNetControlNet:
@@ -208,8 +251,8 @@ def train_unet(args: argparse.Namespace) -> None:
     base.load_state_dict(read_average("sdxl-base", "unet."))
     base.eval().requires_grad_(False)
     net = new_unet_controlnet(base)
-    run = Run("demo-sdxl-canny", nn.ModuleDict({"controlnet": net}), optimizers_of(net, args.lr, in_an_attention),
-              steps=args.steps, ema=0.99)  # fmt: skip
+    asked = Asked(net, net.mid_block, base.params.block_out_channels[-1], pixels=32)
+    run = Run("demo-sdxl-canny", asked, optimizers_of(asked, args.lr, in_an_attention), steps=args.steps, ema=0.99)
 
     def predict(x: Tensor, batch: Edged) -> Tensor:
         width, height = batch.size
@@ -226,4 +269,5 @@ def train_unet(args: argparse.Namespace) -> None:
         length = (1 + sigma**2).sqrt()
         return (x - patchify(scaled / length - sigma / length * v)) / batch.t[:, None, None]
 
-    learn(run, predict, Source(args.batch, "sdxl-vae", load_paired()), [walk(DEMO_SDXL, 25), walk(DEMO_SDXL, 12)])
+    plans = [walk(DEMO_SDXL, steps) for steps in (12, 25)]
+    learn(run, predict, Source(args.batch, "sdxl-vae", load_paired()), plans, asked)

@@ -158,4 +158,4 @@ def train_fill(args: argparse.Namespace) -> None:
             told = net.precompute(batch.tokens, batch.pooled, batch.positions, batch.t[None], batch.guidance)
             return net(torch.cat((x, batch.beside), dim=2), 0, told).float()
 
-    learn(run, predict, Source(args.batch), [evenly(steps) for steps in (4, 8, 16)])  # pyright: ignore
+    learn(run, predict, Source(args.batch), [evenly(steps) for steps in (4, 8, 16)])
