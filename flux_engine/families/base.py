@@ -229,7 +229,7 @@ class Family(ABC, Generic[Spec]):
 
     def read_prompts(self, pictures: Sequence[Image]) -> Tensor:
         """Pictures as prompts -> tokens (N, L, D)."""
-        raise NotImplementedError  # requests that bring any are refused for a family that cannot
+        raise InvalidRequest(f"image_prompt: {self.spec.name} reads no pictures as prompts", field="image_prompt")
 
     channel_dim: ClassVar[int]
     """Where the loop's x has its channels."""

@@ -40,17 +40,9 @@ class Inputs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Brought:
+class Brought(Inputs):
     """What a request brought, read but not at any size yet."""
 
-    image: Image | None = None
-    mask: Image | None = None
-    strength: float = 1.0
-    paste_back: bool = False
-    reference: Image | None = None
-    controls: tuple[ControlInput, ...] = ()
-    prompts: tuple[Image, ...] = ()
-    prompt_strength: float = 1.0
     resize: str = "stretch"
     resize_controls: str = "stretch"
 

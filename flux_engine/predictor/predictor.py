@@ -200,7 +200,5 @@ def _spec_of(
     model: Named, known: Mapping[str, hub.Manifest], config: EngineConfig, only: list[str] | None = None
 ) -> ModelSpec:
     """A manifest tells it at once; of a file or repository the weights have to be looked at."""
-    meant = hub.refer(os.fspath(model), known)
-    if isinstance(meant, hub.Manifest):
-        return meant.model_spec()
-    return find_model(os.fspath(model), config, only=only).spec
+    name = os.fspath(model)
+    return hub.spec_of(name, known) or find_model(name, config, only=only).spec

@@ -28,10 +28,10 @@ WALKS = 16
 """Batches that are on their way from noise at a time."""
 
 
-def emphasis(pool: Pool, picks: list[int]) -> Tensor:
-    """Weight of every image token (B, L): more where the objects are."""
-    rows, columns = pool.height // 16, pool.width // 16
-    boxes = pool.boxes[picks] / 16  # (B, 2, 4)
+def emphasis(boxes: Tensor, width: int, height: int) -> Tensor:
+    """Weight of every image token (B, L): more where the objects are. boxes (B, 2, 4) in pixels."""
+    rows, columns = height // 16, width // 16
+    boxes = boxes / 16
     margin = 0.05 * min(rows, columns)
     y = torch.arange(rows)[None, None, :, None]
     x = torch.arange(columns)[None, None, None, :]
@@ -208,7 +208,7 @@ class Source:
             settled=captioned & colored & (guidance >= 1),
             guidance=guidance,
             size=(pool.width, pool.height),
-            weight=emphasis(pool, picks)[:, kept],
+            weight=emphasis(pool.boxes[picks], pool.width, pool.height)[:, kept],
             answers=asked.answers(picks).at(kept),
         )
 

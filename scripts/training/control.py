@@ -10,6 +10,7 @@ import argparse
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from flux_engine.models.unet_controlnet import UNetControlNet
 from flux_engine.params import FluxControlNetParams, UNetControlNetParams
 from flux_engine.preprocess import preprocess
 from flux_engine.specs import DEMO_SCHNELL, DEMO_SDXL
-from training.batches import Batch, Walks, evenly, noise_level
+from training.batches import Batch, Encode, Walks, emphasis, evenly, noise_level
 from training.flux import error_of, in_a_block, optimizers_of, use_faster_operations
 from training.latents import CELL, OUT, boxes_of, coverage_maps, keep
 from training.run import Run, autocast, log, read_average
@@ -90,58 +91,72 @@ def make_pool(width: int, height: int, count: int, vae: Any) -> dict[str, Any]:
     }
 
 
-class Source:
-    """Draws batches of pictures with their edges; the captions are written anew for each."""
+class Pairs:
+    """Pools of pictures with what a network reads of them, made where they are not there; captions are written anew for
+    every batch."""
 
-    def __init__(self, count: int, vae: str, encode: Callable[[list[str]], tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, count: int, path: Path, make: Callable[..., dict[str, Any]], vae: str, encode: Encode) -> None:
+        """`path` without the size that is put behind its name; `make` takes width, height, count and autoencoder."""
         self.count, self.encode = count, encode
         self.pools: dict[tuple[int, int], Any] = {}
         network = load_vae(vae)
         for size, pictures in SIZES.items():
-            path = OUT / "pools" / vae / f"edges-{size[0]}x{size[1]}.pt"
-            if not path.exists():
-                keep(path, make_pool(*size, pictures, network))
-                log.info("%s: %d pictures", path.name, pictures)
-            self.pools[size] = torch.load(path, weights_only=False)  # written by this program, with scenes in it
+            kept = path.with_name(f"{path.name}-{size[0]}x{size[1]}.pt")
+            if not kept.exists():
+                keep(kept, make(*size, pictures, network))
+                log.info("%s: %d pictures", kept.name, pictures)
+            self.pools[size] = torch.load(kept, weights_only=False)  # written by this program, with scenes in it
 
-    def draw(self, rng: random.Random, level: Callable[[random.Random], float], **_: Any) -> Edged:
+    def pick(
+        self, rng: random.Random, level: Callable[[random.Random], float]
+    ) -> tuple[Any, list[int], dict[str, Any]]:
+        self, rng: random.Random, level: Callable[[random.Random], float]
+    ) -> tuple[Any, list[int], dict[str, Any]]:
+        """A pool, which of it, and what every batch has."""
         (size,) = rng.choices(list(self.pools), [4, 3, 1, 1, 1, 1])
         pool = self.pools[size]
         picks = [rng.randrange(len(pool["scenes"])) for _ in range(self.count if min(size) > 128 else 2 * self.count)]
+        scenes = [pool["scenes"][pick] for pick in picks]
         with torch.no_grad():
-            tokens, pooled = self.encode([captions.write(pool["scenes"][pick], rng) for pick in picks])
-        bits = np.unpackbits(pool["edges"][picks].numpy(), axis=1)[:, : size[0] * size[1]]
+            tokens, pooled = self.encode([captions.write(scene, rng) for scene in scenes])
         x0 = patchify(pool["latents"][picks].float())
-        every = torch.ones(len(picks))
-        colored = torch.tensor([all(thing.color for thing in pool["scenes"][pick].things) for pick in picks])
+        common = {
+            "x0": x0,
+            "noise": torch.randn_like(x0),
+            "t": torch.tensor([level(rng) for _ in picks]).clamp(min=1e-3),
+            "tokens": tokens,
+            "pooled": pooled,
+            "positions": image_ids(size[1] // 16, size[0] // 16),
+            "captioned": torch.ones(len(picks)).bool(),
+            "settled": torch.tensor([all(thing.color for thing in scene.things) for scene in scenes]),
+            "size": size,
+            "weight": emphasis(pool["boxes"][picks], *size),
+            "answers": None,  # nothing is asked on the way
+        }
+        return pool, picks, common
+
+
+def unpacked(bits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Packed bits (B, N) -> (B, 1, H, W), 0 or 1."""
+    width, height = size
+    flat = np.unpackbits(bits.numpy(), axis=1)[:, : width * height]
+    return torch.from_numpy(flat).reshape(len(bits), 1, height, width).float()
+
+
+class Source(Pairs):
+    """Batches of pictures with their edges."""
+
+    def __init__(self, count: int, vae: str, encode: Encode) -> None:
+        super().__init__(count, OUT / "pools" / vae / "edges", make_pool, vae, encode)
+
+    def draw(self, rng: random.Random, level: Callable[[random.Random], float], **_: Any) -> Edged:
+        pool, picks, common = self.pick(rng, level)
         return Edged(
-            x0=x0,
-            noise=torch.randn_like(x0),
-            t=torch.tensor([level(rng) for _ in picks]).clamp(min=1e-3),
-            tokens=tokens,
-            pooled=pooled,
-            positions=image_ids(size[1] // 16, size[0] // 16),
-            captioned=every.bool(),
-            settled=colored,
-            guidance=every,
-            size=size,
-            weight=weight_of(pool["boxes"][picks], size),
-            answers=None,  # pyright: ignore[reportArgumentType]  nothing is asked on the way
+            **common,
+            guidance=torch.ones(len(picks)),
             cover=pool["covers"][picks][:, None].float() / 255,
-            edges=torch.from_numpy(bits).reshape(len(picks), 1, size[1], size[0]).float(),
+            edges=unpacked(pool["edges"][picks], common["size"]),
         )
-
-
-def weight_of(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Of every image token (B, L): more where the objects are."""
-    columns, rows = size[0] // 16, size[1] // 16
-    left, top, right, bottom = (boxes[..., i, None, None] / 16 for i in range(4))
-    y, x = torch.arange(rows)[None, None, :, None], torch.arange(columns)[None, None, None, :]
-    inside = (
-        (x + 1.5 > left) & (x - 0.5 < right) & (y + 1.5 > top) & (y - 0.5 < bottom) & (boxes[..., 2, None, None] > 0)
-    )
-    weight = 1.0 + 4.0 * inside.any(dim=1).float()
-    return (weight / weight.mean(dim=(1, 2), keepdim=True)).flatten(1)
 
 
 class Asked(nn.Module):

@@ -16,20 +16,19 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
-from torch.nn.functional import pixel_unshuffle
+from torch.nn.functional import max_pool2d, pixel_unshuffle
 
-from benchmarks import captions, world
+from benchmarks import world
 from benchmarks.world import Placed
-from flux_engine.families.flux import image_ids
 from flux_engine.models.flux import Flux, patchify
 from flux_engine.specs import DEMO_FILL
 from training.batches import Batch, evenly
-from training.control import SIZES, learn, weight_of
+from training.control import Pairs, learn, unpacked
 from training.flux import in_a_block, optimizers_of, use_faster_operations
-from training.latents import OUT, boxes_of, keep
-from training.run import Run, autocast, log, read_average
+from training.latents import OUT, boxes_of
+from training.run import Run, autocast, read_average
 from training.text import load_text
-from training.vae import load_vae, to_tensor
+from training.vae import to_tensor
 
 
 @dataclass
@@ -87,50 +86,21 @@ def make_pool(width: int, height: int, count: int, vae: Any) -> dict[str, Any]:
     }
 
 
-class Source:
-    """Draws batches of pictures with holes; the captions are written anew for each."""
+class Source(Pairs):
+    """Batches of pictures with holes."""
 
     def __init__(self, count: int) -> None:
-        self.count, self.encode = count, load_text()
-        self.pools: dict[tuple[int, int], Any] = {}
-        vae = load_vae("vae")
-        for size, pictures in SIZES.items():
-            path = OUT / "pools" / f"holes-{size[0]}x{size[1]}.pt"
-            if not path.exists():
-                keep(path, make_pool(*size, 2 * pictures, vae))
-                log.info("%s: %d pictures", path.name, 2 * pictures)
-            self.pools[size] = torch.load(path, weights_only=False)  # written by this program, with scenes in it
+        super().__init__(count, OUT / "pools" / "holes", make_pool, "vae", load_text())
 
     def draw(self, rng: random.Random, level: Callable[[random.Random], float], **_: Any) -> Holed:
-        (size,) = rng.choices(list(self.pools), [4, 3, 1, 1, 1, 1])
-        pool = self.pools[size]
-        picks = [rng.randrange(len(pool["scenes"])) for _ in range(self.count if min(size) > 128 else 2 * self.count)]
-        with torch.no_grad():
-            tokens, pooled = self.encode([captions.write(pool["scenes"][pick], rng) for pick in picks])
-        bits = np.unpackbits(pool["masks"][picks].numpy(), axis=1)[:, : size[0] * size[1]]
-        mask = torch.from_numpy(bits).reshape(len(picks), 1, size[1], size[0]).float()
-        x0 = patchify(pool["latents"][picks].float())
+        pool, picks, common = self.pick(rng, level)
+        mask = unpacked(pool["masks"][picks], common["size"])
         beside = torch.cat((pool["kept"][picks].float(), pixel_unshuffle(mask, 8)), dim=1)
         # What is outside of the hole is given away, so what is inside counts more.
-        inside = 0.2 + patchify(torch.nn.functional.max_pool2d(mask, 8)).mean(dim=2)
-        weight = weight_of(pool["boxes"][picks], size) * inside
-        every = torch.ones(len(picks))
-        colored = [all(thing.color for thing in pool["scenes"][pick].things) for pick in picks]
-        return Holed(
-            x0=x0,
-            noise=torch.randn_like(x0),
-            t=torch.tensor([level(rng) for _ in picks]).clamp(min=1e-3),
-            tokens=tokens,
-            pooled=pooled,
-            positions=image_ids(size[1] // 16, size[0] // 16),
-            captioned=every.bool(),
-            settled=torch.tensor(colored),
-            guidance=torch.tensor([DEMO_FILL.guidance_scale or 1.0]).expand(len(picks)),
-            size=size,
-            weight=weight / weight.mean(dim=1, keepdim=True),
-            answers=None,  # pyright: ignore[reportArgumentType]  nothing is asked on the way
-            beside=patchify(beside),
-        )
+        weight = common["weight"] * (0.2 + patchify(max_pool2d(mask, 8)).mean(dim=2))
+        common["weight"] = weight / weight.mean(dim=1, keepdim=True)
+        guidance = torch.tensor([DEMO_FILL.guidance_scale or 1.0]).expand(len(picks))
+        return Holed(**common, guidance=guidance, beside=patchify(beside))
 
 
 def new_fill() -> Flux:
