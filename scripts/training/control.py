@@ -110,8 +110,6 @@ class Pairs:
     def pick(
         self, rng: random.Random, level: Callable[[random.Random], float]
     ) -> tuple[Any, list[int], dict[str, Any]]:
-        self, rng: random.Random, level: Callable[[random.Random], float]
-    ) -> tuple[Any, list[int], dict[str, Any]]:
         """A pool, which of it, and what every batch has."""
         (size,) = rng.choices(list(self.pools), [4, 3, 1, 1, 1, 1])
         pool = self.pools[size]
