@@ -104,7 +104,8 @@ class PictureFields:
     strength: float | None = None
     """How much of the picture is given up: 1 draws anew, 0 changes nothing. Default 0.8, and 1 with a mask."""
     outpaint: Sequence[int] | None = None
-    """Room to paint around the picture: pixels (left, top, right, bottom), or (width, height) to come to."""
+    """Room to paint around the picture: pixels (left, top, right, bottom), or (width, height) to come to. The picture's
+    edges go on into it, which a strength below 1 begins from."""
     paste_back: bool | None = None
     """Whether pixels that the mask keeps are exactly the picture's. Default True."""
     control: Sequence[Control | Mapping[str, Any]] | Control = ()

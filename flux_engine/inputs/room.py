@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import ceil
 
+import numpy as np
 from PIL import Image
 
 from flux_engine.checks import integer
@@ -16,7 +17,7 @@ OVERLAP = 8
 
 def with_room(image: Image.Image, room: object, sizes: SizeTable) -> tuple[Image.Image, Image.Image]:
     """RGB -> canvas, RGB, and mask, L, both of a size that the model draws. The picture is scaled down if it has to be,
-    never stretched.
+    never stretched. In the room its edges go on, so that an autoencoder, which sees both, keeps the picture as it is.
 
     `room` is pixels of the picture (left, top, right, bottom), or the size to come to (width, height), with the picture
     in the middle. Raises InvalidRequest.
@@ -31,8 +32,8 @@ def with_room(image: Image.Image, room: object, sizes: SizeTable) -> tuple[Image
         )
     left, width = _along(image.width, ceil(left * shrink), ceil(right * shrink), sizes)
     top, height = _along(image.height, ceil(top * shrink), ceil(bottom * shrink), sizes)
-    canvas = Image.new("RGB", (width, height), (127, 127, 127))
-    canvas.paste(image, (left, top))
+    around = (top, height - top - image.height), (left, width - left - image.width), (0, 0)
+    canvas = Image.fromarray(np.pad(np.asarray(image), around, mode="edge"))
     mask = Image.new("L", canvas.size, 255)
     kept = (
         left + (OVERLAP if left else 0),
