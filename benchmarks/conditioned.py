@@ -108,20 +108,25 @@ def repaint(engine: Engine, case: Case, steps: int | None, seed: int, _: argpars
 
 
 def keep(engine: Engine, case: Case, steps: int | None, seed: int, _: argparse.Namespace) -> Outcome:
-    """What the mask keeps, without pasting back."""
+    """What the mask keeps, without pasting back.
+
+    An autoencoder's attention and normalisation reach over the whole picture, so what is drawn in the hole changes what
+    is decoded everywhere: it is held against the autoencoder's own round trip of the picture with that in it.
+    """
     wanted, mask = other_object(case), hole(case)
-    asked: dict[str, Any] = {"image": case.picture, "seed": seed}
     words = captions.write(wanted, case.rng)
-    drawn = engine(words, mask=mask, paste_back=False, num_inference_steps=steps, **asked).image
-    encoded = engine("", strength=0.0, **asked).image
+    asked: dict[str, Any] = {"mask": mask, "paste_back": False, "num_inference_steps": steps}
+    drawn = engine(words, image=case.picture, seed=seed, **asked).image
+    pasted = Image.composite(drawn, case.picture, mask)
+    after, before = (engine("", image=whole, strength=0.0, seed=seed).image for whole in (pasted, case.picture))
     box = mask.getbbox()
     assert box is not None
     near = Image.new("L", mask.size, 0)
     near.paste(255, (box[0] - NEAR, box[1] - NEAR, box[2] + NEAR, box[3] + NEAR))
     far = np.asarray(near) == 0
-    errors = [_error(picture, case.picture, far) for picture in (drawn, encoded)]
-    figures = {"kept": errors[0], "autoencoder": errors[1]}
-    return Outcome(errors[0] <= errors[1] + 1e-3, (case.picture, drawn, encoded), words, figures)
+    kept, encoded, untouched = (_error(picture, case.picture, far) for picture in (drawn, after, before))
+    figures = {"kept": kept, "autoencoder": encoded, "autoencoder, nothing drawn": untouched}
+    return Outcome(kept <= encoded + 1e-3, (case.picture, drawn, after), words, figures)
 
 
 def outpaint(engine: Engine, case: Case, steps: int | None, seed: int, _: argparse.Namespace) -> Outcome:

@@ -93,8 +93,9 @@ def main() -> None:
             command.add_argument("--thin", type=float, default=0.8, help="share of those with half of their tokens")
 
     part("fill", fill.train_fill, steps=3000, lr=8e-4, batch=8)
-    part("canny", control.train_flux, steps=2000, lr=1e-3, batch=8)
-    part("sdxl-canny", control.train_unet, steps=2000, lr=1e-3, batch=8)
+    for name, run in (("canny", control.train_flux), ("sdxl-canny", control.train_unet)):
+        command = part(name, run, steps=1500, lr=1e-3, batch=8)
+        command.add_argument("--reading", type=int, default=1000, help="steps to read edges, before those to steer")
 
     kept = commands.add_parser("checkpoint")
     kept.add_argument("names", nargs="+", metavar="RUN")

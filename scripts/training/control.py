@@ -1,7 +1,9 @@
 """ControlNets that read edges, for a network that stays as it is.
 
-Pictures with objects anywhere, captions that say neither where nor how large: only the edges do. Half of a step is
-pictures with noise, half is where the network's own steps lead, as in the other trainings.
+First a ControlNet learns to read edges by itself, from pictures drawn as it goes: what do the objects cover? That is
+quick, where what the network makes of it teaches it slowly. Then it steers: pictures with objects anywhere, captions
+that say neither where nor how large, which only the edges do. Half of a step is pictures with noise, half is where the
+network's own steps lead, as in the other trainings.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, pad, pixel_unshuffle
 
 from benchmarks import captions, world
-from benchmarks.world import Scene
+from benchmarks.world import Placed, Scene
 from flux_engine.families.flux import image_ids
 from flux_engine.models.flux import Flux, patchify, unpatchify
 from flux_engine.models.flux_controlnet import FluxControlNet
@@ -39,6 +41,10 @@ from training.vae import load_vae, to_tensor
 
 SIZES = {(256, 256): 700, (128, 128): 700, (336, 192): 250, (192, 336): 250, (304, 208): 250, (208, 304): 250}
 """Picture size -> how many are drawn."""
+OFTEN = (4, 3, 1, 1, 1, 1)
+"""How often each is shown."""
+SILU_GAIN = 1.7
+"""About what keeps the spread of values from layer to layer."""
 SILENT = 0.75
 """Share of captions that say neither place nor size."""
 
@@ -58,8 +64,19 @@ def silent(scene: Scene) -> Scene:
     return replace(scene, things=tuple(replace(thing, size="", place="") for thing in scene.things), relation="")
 
 
-def edges_of(picture: Image.Image) -> Image.Image:
-    return preprocess("canny", picture)
+def draw(width: int, height: int, rng: random.Random) -> tuple[Scene, list[Placed], Image.Image, np.ndarray[Any, Any]]:
+    """A scene as it is told, its objects, its picture, and how much of each cell the objects cover, of 255."""
+    scene = world.sample_scene(rng)
+    settled = world.settle(scene, rng)
+    placed = world.layout(settled, width, height, rng)
+    picture = world.paint(settled.ground, placed, width, height)
+    cover = coverage_maps(settled, placed, width, height)[:2].max(axis=0)
+    return silent(scene) if rng.random() < SILENT else scene, placed, picture, cover
+
+
+def edges_of(picture: Image.Image) -> np.ndarray[Any, Any]:
+    """(H, W), bool."""
+    return np.asarray(preprocess("canny", picture).convert("L")) > 127
 
 
 def make_pool(width: int, height: int, count: int, vae: Any) -> dict[str, Any]:
@@ -72,14 +89,11 @@ def make_pool(width: int, height: int, count: int, vae: Any) -> dict[str, Any]:
     covers: list[np.ndarray[Any, Any]] = []
     with torch.inference_mode():
         for _ in range(count):
-            scene = world.sample_scene(rng)
-            settled = world.settle(scene, rng)
-            placed = world.layout(settled, width, height, rng)
-            picture = world.paint(settled.ground, placed, width, height)
-            covers.append(coverage_maps(settled, placed, width, height)[:2].max(axis=0))
-            edges.append(np.packbits(np.asarray(edges_of(picture).convert("L")) > 127))
+            scene, placed, picture, cover = draw(width, height, rng)
+            told.append(scene)
             boxes.append(boxes_of(placed))
-            told.append(silent(scene) if rng.random() < SILENT else scene)
+            covers.append(cover)
+            edges.append(np.packbits(edges_of(picture)))
             latents.append(vae.encode(to_tensor([picture])).half())
     packed = torch.from_numpy(np.stack(edges))
     return {
@@ -89,6 +103,10 @@ def make_pool(width: int, height: int, count: int, vae: Any) -> dict[str, Any]:
         "boxes": torch.tensor(boxes),
         "covers": torch.from_numpy(np.stack(covers)),
     }
+
+
+def any_size(rng: random.Random) -> tuple[int, int]:
+    return rng.choices(list(SIZES), OFTEN)[0]
 
 
 class Pairs:
@@ -111,7 +129,7 @@ class Pairs:
         self, rng: random.Random, level: Callable[[random.Random], float]
     ) -> tuple[Any, list[int], dict[str, Any]]:
         """A pool, which of it, and what every batch has."""
-        (size,) = rng.choices(list(self.pools), [4, 3, 1, 1, 1, 1])
+        size = any_size(rng)
         pool = self.pools[size]
         picks = [rng.randrange(len(pool["scenes"])) for _ in range(self.count if min(size) > 128 else 2 * self.count)]
         scenes = [pool["scenes"][pick] for pick in picks]
@@ -157,29 +175,81 @@ class Source(Pairs):
         )
 
 
-class Asked(nn.Module):
-    """A ControlNet whose features are asked aside what the objects cover, which they soon know, where the picture alone
-    teaches it slowly."""
+class Sketches:
+    """Edges of pictures that nobody has seen before: batches of pure noise, for which no latent is needed."""
 
-    def __init__(self, net: nn.Module, module: nn.Module, channels: int, pixels: int) -> None:
-        """`module` is asked, whose features, tokens or a map, lie `pixels` apart."""
+    def __init__(self, count: int, channels: int, encode: Encode) -> None:
+        """`channels` of a latent token."""
+        self.count, self.channels, self.encode = count, channels, encode
+
+    def draw(self, rng: random.Random) -> Edged:
+        width, height = size = any_size(rng)
+        count = self.count if min(size) > 128 else 2 * self.count
+        drawn = [draw(width, height, rng) for _ in range(count)]
+        with torch.no_grad():
+            tokens, pooled = self.encode([captions.write(scene, rng) for scene, *_ in drawn])
+        noise = torch.randn(count, width * height // 256, self.channels)
+        return Edged(
+            x0=torch.zeros_like(noise),
+            noise=noise,
+            t=torch.ones(count),
+            tokens=tokens,
+            pooled=pooled,
+            positions=image_ids(height // 16, width // 16),
+            captioned=torch.ones(count).bool(),
+            settled=torch.ones(count).bool(),
+            size=size,
+            weight=torch.ones(count, noise.shape[1]),
+            answers=None,
+            guidance=torch.ones(count),
+            cover=torch.from_numpy(np.stack([cover for *_, cover in drawn]))[:, None].float() / 255,
+            edges=torch.from_numpy(np.stack([edges_of(picture) for _, _, picture, _ in drawn]))[:, None].float(),
+        )
+
+
+class Asked(nn.Module):
+    """A ControlNet whose features are asked aside what the objects cover."""
+
+    def __init__(self, net: nn.Module, modules: Sequence[nn.Module], channels: int, pixels: int) -> None:
+        """`modules` are asked, whose features, tokens or a map, lie `pixels` apart."""
         super().__init__()
         self.controlnet = net
         self.cells = pixels // CELL
-        self.head = nn.Linear(channels, self.cells**2)
-        self.seen: Any = None
-        module.register_forward_hook(lambda _, __, out: setattr(self, "seen", out))
+        self.heads = nn.ModuleList(nn.Linear(channels, self.cells**2) for _ in modules)
+        self.seen: dict[int, Any] = {}
+        for number, module in enumerate(modules):
+            module.register_forward_hook(lambda _, __, out, number=number: self.seen.update({number: out}))
 
     def missed(self, cover: Tensor) -> Tensor:
-        """(B,): of what the last call's features were asked."""
-        seen = self.seen[0] if isinstance(self.seen, tuple) else self.seen
-        tokens = seen
-        if seen.dim() == 4:  # a map, whose size is rounded up
+        """Of what the last call's features were asked."""
+        return torch.stack([self._missed(head, self.seen[i], cover) for i, head in enumerate(self.heads)]).mean()
+
+    def _missed(self, head: nn.Module, seen: Any, cover: Tensor) -> Tensor:
+        tokens = seen[0] if isinstance(seen, tuple) else seen  # a double block gives those of the picture first
+        if tokens.dim() == 4:  # a map, whose size is rounded up
             down, right = (side * self.cells - have for side, have in zip(seen.shape[2:], cover.shape[2:], strict=True))
             cover = pad(cover, (0, right, 0, down))
-            tokens = seen.flatten(2).transpose(1, 2)
+            tokens = tokens.flatten(2).transpose(1, 2)
         truth = pixel_unshuffle(cover, self.cells).flatten(2).transpose(1, 2)
-        return binary_cross_entropy_with_logits(self.head(tokens.float()), truth, reduction="none").mean(dim=(1, 2))
+        tokens = tokens[:, -truth.shape[1] :].float()  # a single block gives those of the text before
+        return binary_cross_entropy_with_logits(head(tokens), truth)
+
+
+def learn_to_read(
+    name: str, asked: Asked, steer: Callable[[Tensor, Edged], Any], source: Sketches, args: argparse.Namespace,
+    inside: Callable[[str], bool],
+) -> None:  # fmt: skip
+    """Of a ControlNet by itself: what do the objects cover?"""
+    run = Run(f"{name}-reading", asked, optimizers_of(asked, 2 * args.lr, inside), steps=args.reading, ema=0.99)
+
+    def loss_of(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
+        batch = source.draw(rng)
+        steer(batch.noise, batch)
+        missed = asked.missed(batch.cover)
+        return missed, {"missed": missed.item()}
+
+    run.train(loss_of)
+    asked.load_state_dict(read_average(run.name))
 
 
 Predict = Callable[[Tensor, Any], Tensor]
@@ -194,7 +264,7 @@ def learn(
     def error(x: Tensor, batch: Any, walked: bool) -> tuple[Tensor, Tensor, float]:
         out = predict(x, batch)
         wrong = error_of(out, batch.velocity(x), batch, walked=walked).mean()
-        missed = asked.missed(batch.cover).mean() if asked else torch.zeros(())
+        missed = asked.missed(batch.cover) if asked else torch.zeros(())
         return out, wrong + missed, missed.item()
 
     def loss_of(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
@@ -215,12 +285,21 @@ def zeroed(layers: Sequence[nn.Module]) -> None:
             nn.init.zeros_(parameter)
 
 
+def audible(convolutions: nn.Module) -> None:
+    """As torch begins them, eight in a row leave a thousandth of the edges."""
+    for layer in convolutions.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.normal_(layer.weight, std=SILU_GAIN / (layer.weight[0].numel() ** 0.5))
+            nn.init.zeros_(layer.bias)
+
+
 def new_flux_controlnet(base: Flux) -> FluxControlNet:
-    """The base's first double block, which reads the edges through convolutions of its own, as XLabs' do."""
-    params = FluxControlNetParams.of(base.params, depth=1, depth_single_blocks=0)
+    """The base's first double and single block, which read the edges through convolutions as XLabs'."""
+    params = FluxControlNetParams.of(base.params, depth=1, depth_single_blocks=1)
     net = FluxControlNet(replace(params, hint_width=16))
     net.load_state_dict(base.state_dict(), strict=False)
-    zeroed([*net.controlnet_blocks])
+    audible(net.input_hint_block)
+    zeroed([*net.controlnet_blocks, *net.controlnet_single_blocks])
     return net
 
 
@@ -232,18 +311,24 @@ def train_flux(args: argparse.Namespace) -> None:
     base.load_state_dict(read_average("demo-schnell", "flux."))
     base.eval().requires_grad_(False)
     net = new_flux_controlnet(base)
-    asked = Asked(net, net.double_blocks[0], base.params.hidden_size, pixels=16)
-    run = Run("demo-canny", asked, optimizers_of(asked, args.lr, in_a_block), steps=args.steps, ema=0.99)
+    asked = Asked(net, [net.double_blocks[0], net.single_blocks[0]], base.params.hidden_size, pixels=16)
+    encode = load_text()
 
-    def predict(x: Tensor, batch: Edged) -> Tensor:
+    def steer(x: Tensor, batch: Edged) -> Any:
         with autocast():
             hint = (batch.edges * 2 - 1).expand(-1, 3, -1, -1)
-            fixed = base.precompute(batch.tokens, batch.pooled, batch.positions, batch.t[None], None)
             told = net.precompute(batch.tokens, batch.pooled, batch.positions, batch.t[None], None)
-            samples = net(x, net.embed_hint(hint), 0, told)
-            return base(x, 0, fixed, net.residuals(samples, base.params)).float()
+            return net.residuals(net(x, net.embed_hint(hint), 0, told), base.params)
 
-    learn(run, predict, Source(args.batch, "vae", load_text()), [evenly(steps) for steps in (2, 4)], asked)
+    def predict(x: Tensor, batch: Edged) -> Tensor:
+        residuals = steer(x, batch)
+        with autocast():
+            fixed = base.precompute(batch.tokens, batch.pooled, batch.positions, batch.t[None], None)
+            return base(x, 0, fixed, residuals).float()
+
+    learn_to_read("demo-canny", asked, steer, Sketches(args.batch, base.params.in_channels, encode), args, in_a_block)
+    run = Run("demo-canny", asked, optimizers_of(asked, args.lr, in_a_block), steps=args.steps, ema=0.99)
+    learn(run, predict, Source(args.batch, "vae", encode), [evenly(steps) for steps in (2, 4)], asked)
 
 
 def new_unet_controlnet(base: UNet) -> UNetControlNet:
@@ -252,6 +337,7 @@ def new_unet_controlnet(base: UNet) -> UNetControlNet:
     params = replace(UNetControlNetParams.of(base.params), transformer_depth=depths, mid_depth=None)
     net = UNetControlNet(params)
     net.load_state_dict({k: v for k, v in base.state_dict().items() if k in net.state_dict()}, strict=False)
+    audible(net.controlnet_cond_embedding)
     zeroed([*net.controlnet_down_blocks, net.controlnet_mid_block])
     return net
 
@@ -264,23 +350,33 @@ def train_unet(args: argparse.Namespace) -> None:
     base.load_state_dict(read_average("sdxl-base", "unet."))
     base.eval().requires_grad_(False)
     net = new_unet_controlnet(base)
-    asked = Asked(net, net.mid_block, base.params.block_out_channels[-1], pixels=32)
-    run = Run("demo-sdxl-canny", asked, optimizers_of(asked, args.lr, in_an_attention), steps=args.steps, ema=0.99)
+    asked = Asked(net, [net.mid_block], base.params.block_out_channels[-1], pixels=32)
+    encode = load_paired()
 
-    def predict(x: Tensor, batch: Edged) -> Tensor:
+    def told(x: Tensor, batch: Edged) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+        """The latent as the UNet reads it, sigma, and what it is told."""
         width, height = batch.size
         timestep, sigma = discrete(batch.t)
         t = batch.t[:, None, None, None]
         scaled = unpatchify(x, height // 8, width // 8) / (t**2 + (1 - t) ** 2).sqrt()
         ids = torch.tensor([[height, width, 0, 0, height, width]]).expand(len(x), -1).float()
+        return scaled, sigma[:, None, None, None], (batch.tokens, batch.pooled, ids, timestep[None])
+
+    def steer(x: Tensor, batch: Edged) -> Any:
+        scaled, _, words = told(x, batch)
         with autocast():
-            fixed = base.precompute(batch.tokens, batch.pooled, ids, timestep[None])
-            told = net.precompute(batch.tokens, batch.pooled, ids, timestep[None])
-            residuals = net(scaled, net.embed_hint(batch.edges.expand(-1, 3, -1, -1)), 0, told)
-            v = base(scaled, 0, fixed, residuals).float()
-        sigma = sigma[:, None, None, None]
+            return net(scaled, net.embed_hint(batch.edges.expand(-1, 3, -1, -1)), 0, net.precompute(*words))
+
+    def predict(x: Tensor, batch: Edged) -> Tensor:
+        scaled, sigma, words = told(x, batch)
+        residuals = steer(x, batch)
+        with autocast():
+            v = base(scaled, 0, base.precompute(*words), residuals).float()
         length = (1 + sigma**2).sqrt()
         return (x - patchify(scaled / length - sigma / length * v)) / batch.t[:, None, None]
 
+    sketches = Sketches(args.batch, 4 * base.params.in_channels, encode)
+    learn_to_read("demo-sdxl-canny", asked, steer, sketches, args, in_an_attention)
+    run = Run("demo-sdxl-canny", asked, optimizers_of(asked, args.lr, in_an_attention), steps=args.steps, ema=0.99)
     plans = [walk(DEMO_SDXL, steps) for steps in (12, 25)]
-    learn(run, predict, Source(args.batch, "sdxl-vae", load_paired()), plans, asked)
+    learn(run, predict, Source(args.batch, "sdxl-vae", encode), plans, asked)

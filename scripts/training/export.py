@@ -6,7 +6,7 @@ import argparse
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import T5EncoderModel
 
+from flux_engine.checkpoints.export import flux_controlnet_tensors, unet_controlnet_tensors
 from flux_engine.checkpoints.tables import published_clip
+from flux_engine.models.flux import Flux
+from flux_engine.specs import DEMO_SCHNELL
+from training.control import new_flux_controlnet, new_unet_controlnet
 from training.run import KEPT, OUT, ROOT, log, read_average
 from training.text import PairedEncoders, TextEncoders
+from training.unet import new_unet
 
 WEIGHTS = ROOT / "weights"
 DEMO = WEIGHTS / "demo"
@@ -35,6 +40,20 @@ class Family:
     """Of its tensors in a run."""
     parts: Mapping[str, Path]
     """Part -> its file, or the folder with its files."""
+    publish: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    """A ControlNet's tensors, as trained -> the same under diffusers' names."""
+
+
+def flux_controlnet(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    net = new_flux_controlnet(Flux(DEMO_SCHNELL.transformer))
+    net.load_state_dict(tensors)
+    return flux_controlnet_tensors(net)
+
+
+def unet_controlnet(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    net = new_unet_controlnet(new_unet())
+    net.load_state_dict(tensors)
+    return unet_controlnet_tensors(net)
 
 
 FAMILIES = {
@@ -43,6 +62,7 @@ FAMILIES = {
         "flux.",
         {"vae": DEMO / "flux" / "vae.safetensors"}
         | {name: DEMO / "flux" / name for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")},
+        flux_controlnet,
     ),
     "sdxl": Family(
         "unet",
@@ -50,27 +70,45 @@ FAMILIES = {
         {"vae": DEMO / "sdxl" / "vae.safetensors"}
         | {name: DEMO / "flux" / name for name in ("text_encoder", "tokenizer")}
         | {name: DEMO / "sdxl" / name for name in ("text_encoder_2", "tokenizer_2")},
+        unet_controlnet,
     ),
 }
-MODELS = {
-    "demo-schnell": ("flux", "FLUX.1 schnell in small, 4 steps"),
-    "demo-dev": ("flux", "FLUX.1 dev in small, 28 steps, with guidance"),
-    "demo-sdxl": ("sdxl", "SDXL in small, 25 steps, with classifier-free guidance"),
-    "demo-sdxl-turbo": ("sdxl", "SDXL Turbo in small, 4 steps"),
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Something that ships."""
+
+    family: str
+    description: str
+    run: str
+    spec: str
+    """Of a ControlNet, that of the model it was made for."""
+    control: str = ""
+    """Of a ControlNet, what it reads."""
+
+
+SHAPES = "draws one or two shapes before a background; "
+DEMOS = {
+    "demo-schnell": Demo("flux", SHAPES + "FLUX.1 schnell in small, 4 steps", "demo-schnell", "demo-schnell"),
+    "demo-dev": Demo("flux", SHAPES + "FLUX.1 dev in small, 28 steps, with guidance", "demo-dev", "demo-dev"),
+    "demo-fill": Demo("flux", "fills what a mask leaves out; FLUX.1 Fill in small, 8 steps", "demo-fill", "demo-fill"),
+    "demo-sdxl": Demo(
+        "sdxl", SHAPES + "SDXL in small, 25 steps, with classifier-free guidance", "sdxl-base", "demo-sdxl"
+    ),
+    "demo-sdxl-turbo": Demo("sdxl", SHAPES + "SDXL Turbo in small, 4 steps", "demo-sdxl-turbo", "demo-sdxl-turbo"),
+    "demo-canny": Demo("flux", "edges, for demo-schnell", "demo-canny", "demo-schnell", "canny"),
+    "demo-sdxl-canny": Demo("sdxl", "edges, for demo-sdxl", "demo-sdxl-canny", "demo-sdxl", "canny"),
 }
-RUNS = {"demo-sdxl": "sdxl-base"}
-"""Model -> the run that it is, where that has another name."""
 
 
 def export(args: argparse.Namespace) -> None:
     """Write what was trained; a model without a checkpoint is left out."""
     write_flux_shared()
     write_sdxl_shared()
-    for model, (family, _) in MODELS.items():
-        run, own = RUNS.get(model, model), FAMILIES[family]
-        if (OUT / f"{run}.pt").exists():
-            write_tensors(DEMO / model / f"{own.network}.safetensors", read_average(run, own.prefix))
-            write_manifest(model)
+    for name, demo in DEMOS.items():
+        if (OUT / f"{demo.run}.pt").exists():
+            write_demo(name)
     write_logs()
 
 
@@ -119,29 +157,42 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
              path.stat().st_size / 1e6)  # fmt: skip
 
 
-def write_manifest(model: str) -> None:
-    family, words = MODELS[model]
-    own = FAMILIES[family]
-    files = {own.network: DEMO / model / f"{own.network}.safetensors"}
-    for part, path in own.parts.items():
-        files |= {f"{part}/{file.name}": file for file in sorted(path.iterdir())} if path.is_dir() else {part: path}
+def write_demo(name: str) -> None:
+    """What is this model's or ControlNet's own, and its manifest."""
+    demo = DEMOS[name]
+    family = FAMILIES[demo.family]
+    if demo.control:
+        part, tensors = "controlnet", family.publish(read_average(demo.run, "controlnet."))
+    else:
+        part, tensors = family.network, read_average(demo.run, family.prefix)
+    path = DEMO / name / f"{part}.safetensors"
+    write_tensors(path, tensors)
+    write_manifest(name, {part: path})
+
+
+def write_manifest(name: str, files: dict[str, Path]) -> None:
+    demo = DEMOS[name]
+    if not demo.control:
+        for part, path in FAMILIES[demo.family].parts.items():
+            files |= {f"{part}/{file.name}": file for file in sorted(path.iterdir())} if path.is_dir() else {part: path}
     lines = [
         "# Written by scripts/train_demo.py export.",
-        *([] if family == "flux" else [f'family = "{family}"']),
-        f'spec = "{model}"',
-        f'description = "draws one or two shapes before a background; {words}"',
+        *(['kind = "controlnet"', f'controls = ["{demo.control}"]'] if demo.control else []),
+        *([] if demo.family == "flux" else [f'family = "{demo.family}"']),
+        f'spec = "{demo.spec}"',
+        f'description = "{demo.description}"',
         'licence = "Apache-2.0"',
         'source = "trained by scripts/train_demo.py on pictures drawn by benchmarks/world.py"',
     ]
-    for name, path in files.items():
+    for part, path in files.items():
         lines += [
             "",
-            f'[files."{name}"]',
+            f'[files."{part}"]',
             f'path = "{path.relative_to(WEIGHTS).as_posix()}"',
             f"bytes = {path.stat().st_size}",
             f'sha256 = "{hashlib.sha256(path.read_bytes()).hexdigest()}"',
         ]
-    (WEIGHTS / "manifests" / f"{model}.toml").write_text("\n".join(lines) + "\n")
+    (WEIGHTS / "manifests" / f"{name}.toml").write_text("\n".join(lines) + "\n")
 
 
 def write_logs() -> None:
