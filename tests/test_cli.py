@@ -139,7 +139,7 @@ IMAGE = data_uri(Image.new("RGB", SIZE, "green"))
         (["--no-paste-back"], "paste_back without image"),
         (["--control", "canny"], "control 'canny' is not KIND:FILE"),
         (["--control", ":in.png"], "control ':in.png' is not KIND:FILE"),
-        (["--control", f"canny:{IMAGE}"], "no ControlNet 'canny' for demo-schnell"),
+        (["--control", f"depth:{IMAGE}"], "no ControlNet 'depth' for demo-schnell"),
         (["--model", "flux-dev", "--control", f"cany:{IMAGE}"], "did you mean 'canny'?"),
         (["--model", "flux-dev", "--control", f"canny:{IMAGE}:nan"], "scale nan"),
         (["--model", "flux-dev", "--control", f"canny:{IMAGE}:-1"], "scale -1"),

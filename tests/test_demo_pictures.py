@@ -13,17 +13,25 @@ SEED = 2024
 
 @pytest.fixture(scope="module", params=["demo-schnell", "demo-sdxl"])
 def engine(request: pytest.FixtureRequest) -> Engine:
-    return flux_engine.load(request.param)
+    return flux_engine.load(request.param, controlnets=["canny"])
 
 
-def outcomes(engine: Engine, task: str, count: int = 100) -> list[conditioned.Outcome]:
-    made = conditioned.measure(engine, task, count, SEED)
-    print(task, engine.spec.name, conditioned.share(made), conditioned.mean(made))  # noqa: T201
+def outcomes(engine: Engine, task: str, count: int = 100, *, plain: bool = False) -> list[conditioned.Outcome]:
+    made = conditioned.measure(engine, task, count, SEED, plain=plain)
+    words = (task, "plain" if plain else "", engine.spec.name, conditioned.share(made), conditioned.mean(made))
+    print(*words)  # noqa: T201
     return made
 
 
-def test_a_hole_is_filled_with_what_is_asked_for() -> None:
-    assert conditioned.share(outcomes(flux_engine.load("demo-schnell"), "repaint", 6)) >= 5 / 6
+@pytest.mark.parametrize("model", ["demo-schnell", "demo-fill"])
+def test_a_hole_is_filled_with_what_is_asked_for(model: str) -> None:
+    assert conditioned.share(outcomes(flux_engine.load(model), "repaint", 6)) >= 5 / 6
+
+
+def test_edges_say_where_an_object_is() -> None:
+    engine = flux_engine.load("demo-schnell", controlnets=["canny"])
+    assert conditioned.share(outcomes(engine, "canny", 6)) >= 4 / 6
+    assert conditioned.share(outcomes(engine, "canny", 6, plain=True)) <= 2 / 6
 
 
 @pytest.mark.full
@@ -33,14 +41,20 @@ def test_the_repainted_object_is_the_one_asked_for(engine: Engine) -> None:
 
 @pytest.mark.full
 def test_what_the_mask_keeps_is_as_the_autoencoder_gives_it(engine: Engine) -> None:
-    """To a quarter of a step of 8 bits: an autoencoder's attention and normalisation reach over the whole picture."""
+    """To a quarter of a step of 8 bits; see `conditioned.keep`."""
     figures = conditioned.mean(outcomes(engine, "keep"))
     assert figures["kept"] <= figures["autoencoder"] + 0.001
 
 
 @pytest.mark.full
-def test_outpainting_keeps_the_picture_and_continues_its_background(engine: Engine) -> None:
-    assert conditioned.share(outcomes(engine, "outpaint")) >= 0.80
+def test_outpainting_keeps_the_picture_and_continues_its_background() -> None:
+    assert conditioned.share(outcomes(flux_engine.load("demo-fill"), "outpaint")) >= 0.80
+
+
+@pytest.mark.full
+def test_edges_are_covered_by_the_object_that_is_asked_for(engine: Engine) -> None:
+    assert conditioned.share(outcomes(engine, "canny")) >= 0.80
+    assert conditioned.share(outcomes(engine, "canny", plain=True)) <= 0.20
 
 
 @pytest.mark.full

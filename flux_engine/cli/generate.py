@@ -34,7 +34,7 @@ def add(commands: Any) -> None:
     sources.add(generate)
     output = generate.add_argument_group("what comes out")
     output.add_argument(
-        "--output", type=Path, help="file to write; with several pictures -0, -1, ... is put before the ending"
+        "-o", "--output", type=Path, help="file to write; with several pictures -0, -1, ... is put before the ending"
     )
     output.add_argument("--format", help="png, jpg or webp; else the file's ending")
     output.add_argument("--quality", type=int, default=95, help="of jpg and webp")
