@@ -12,7 +12,7 @@
     python scripts/train_demo.py sdxl-text         # its second text encoder; the first is FLUX's
     python scripts/train_demo.py sdxl-base         # the UNet, on latents of --vae sdxl-vae
     python scripts/train_demo.py sdxl-turbo        # and demo-sdxl-turbo
-    python scripts/train_demo.py fill              # demo-fill, which begins as half of demo-dev
+    python scripts/train_demo.py fill              # demo-fill, which is demo-schnell with eyes
     python scripts/train_demo.py canny             # a ControlNet for demo-schnell
     python scripts/train_demo.py sdxl-canny        # and one for demo-sdxl
     python scripts/train_demo.py export            # into weights/, with hashes and curves
@@ -92,7 +92,7 @@ def main() -> None:
         if name == "base":
             command.add_argument("--thin", type=float, default=0.8, help="share of those with half of their tokens")
 
-    part("fill", fill.train_fill, steps=3000, lr=8e-4, batch=8)
+    part("fill", fill.train_fill, steps=600, lr=8e-4, batch=8)
     for name, run in (("canny", control.train_flux), ("sdxl-canny", control.train_unet)):
         command = part(name, run, steps=1500, lr=1e-3, batch=8)
         command.add_argument("--reading", type=int, default=1000, help="steps to read edges, before those to steer")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -381,6 +382,19 @@ def test_indexes_that_are_none(tmp_path: Path, index: str) -> None:
     (tmp_path / "x.safetensors.index.json").write_text(index)
     with pytest.raises(WeightsError, match="is not an index of shards"):
         WeightSource.open(tmp_path)
+
+
+def test_a_tensor_is_read_from_the_shard_that_the_index_names(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2), "b": torch.ones(2)}, tmp_path / "shared.safetensors")
+    save_file({"a": torch.full((2,), 7.0)}, tmp_path / "own.safetensors")
+    index = tmp_path / "own.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "own.safetensors", "b": "shared.safetensors"}}))
+    with WeightSource.open(index) as source:
+        assert source.rows("a").tolist() == [7.0, 7.0]
+        assert source.rows("b").tolist() == [1.0, 1.0]
+    index.write_text(json.dumps({"weight_map": {"c": "own.safetensors", "b": "shared.safetensors"}}))
+    with pytest.raises(WeightsError, match=r"tensor 'a' is in .*own\.safetensors and in .*shared\.safetensors"):
+        WeightSource.open(index)
 
 
 def test_a_file_that_changes_while_it_is_read(tmp_path: Path) -> None:

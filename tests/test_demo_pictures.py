@@ -41,9 +41,9 @@ def test_the_repainted_object_is_the_one_asked_for(engine: Engine) -> None:
 
 @pytest.mark.full
 def test_what_the_mask_keeps_is_as_the_autoencoder_gives_it(engine: Engine) -> None:
-    """To a quarter of a step of 8 bits; see `conditioned.keep`."""
+    """To a step of eight bits; see `conditioned.keep`."""
     figures = conditioned.mean(outcomes(engine, "keep"))
-    assert figures["kept"] <= figures["autoencoder"] + 0.001
+    assert figures["kept"] <= figures["autoencoder"] + conditioned.STEP
 
 
 @pytest.mark.full

@@ -33,7 +33,7 @@ def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def transformer(root: Path) -> Path:
-    return root / "demo" / "demo-schnell" / "transformer.safetensors"
+    return root / "demo" / "flux" / "transformer" / "schnell.safetensors"
 
 
 def sign(root: Path) -> None:
@@ -55,7 +55,7 @@ def test_a_copy_elsewhere_loads(copy: Path) -> None:
 
 def test_missing_file(copy: Path) -> None:
     transformer(copy).unlink()
-    with pytest.raises(WeightsError, match=r"transformer\.safetensors is missing"):
+    with pytest.raises(WeightsError, match=r"schnell\.safetensors is missing"):
         flux_engine.load("demo-schnell")
 
 

@@ -53,16 +53,23 @@ def choose(where: object, names: Iterable[str], *, variant: str | None = None, s
     raise WeightsError(f"{where} holds no safetensors file")
 
 
-def shards_of(index: Path) -> list[Path]:
-    """The files that an index names. Raises WeightsError for what is no index, or names files elsewhere."""
+def placed_by(index: Path) -> dict[str, str]:
+    """Tensor -> the file beside the index that has it. Raises WeightsError for what is no index, or names files
+    elsewhere."""
     try:
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        places = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        files = sorted(set(places.values()))
         plain = all(isinstance(name, str) and Path(name).name == name for name in files)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(f"{index} is not an index of shards: {error!r}") from None
     if not files or not plain:
         raise WeightsError(f"{index} is not an index of shards: it names {', '.join(map(str, files))[:200] or 'none'}")
-    return [index.parent / name for name in files]
+    return places
+
+
+def shards_of(index: Path) -> list[Path]:
+    """The files that an index names. Raises WeightsError as `placed_by` does."""
+    return [index.parent / name for name in sorted(set(placed_by(index).values()))]
 
 
 def weights_in(folder: Path, *, variant: str | None = None) -> Path:
@@ -75,12 +82,13 @@ def weights_in(folder: Path, *, variant: str | None = None) -> Path:
     return folder / choose(folder, names, variant=variant, shards=shards)
 
 
-def files_of(path: Path) -> list[Path]:
-    """What makes up a source: a file, the shards of an index, or what is in a folder."""
+def files_of(path: Path) -> tuple[list[Path], dict[str, str]]:
+    """What makes up a source, a file, the shards of an index, or what is in a folder; and for shards the name of the
+    one that a tensor is to be read from."""
     try:
         folder = path.is_dir()
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror}") from None
     if folder:
         path = weights_in(path)
-    return shards_of(path) if is_index(path.name) else [path]
+    return (shards_of(path), placed_by(path)) if is_index(path.name) else ([path], {})

@@ -81,10 +81,13 @@ class WeightSource:
         files: list[SafetensorsFile] = []
         try:
             recipes: dict[str, Recipe] = {}
-            for part in files_of(path):
+            parts, places = files_of(path)
+            for part in parts:
                 file = SafetensorsFile(part)
                 files.append(file)
                 for name, stored in file.tensors.items():
+                    if places.get(name, part.name) != part.name:
+                        continue  # models may have shards in common, and some tensors of their own
                     if name in recipes:
                         other = recipes[name].pieces[0].file.path
                         raise WeightsError(f"tensor {name!r} is in {other} and in {part}")

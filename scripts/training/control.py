@@ -12,7 +12,6 @@ import argparse
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -109,69 +108,59 @@ def any_size(rng: random.Random) -> tuple[int, int]:
     return rng.choices(list(SIZES), OFTEN)[0]
 
 
-class Pairs:
-    """Pools of pictures with what a network reads of them, made where they are not there; captions are written anew for
-    every batch."""
+def how_many(count: int, size: tuple[int, int]) -> int:
+    """`count` large pictures, or twice as many small ones."""
+    return count if min(size) > 128 else 2 * count
 
-    def __init__(self, count: int, path: Path, make: Callable[..., dict[str, Any]], vae: str, encode: Encode) -> None:
-        """`path` without the size that is put behind its name; `make` takes width, height, count and autoencoder."""
+
+def shown(
+    scenes: Sequence[Scene], latents: Tensor, boxes: Tensor, size: tuple[int, int],
+    level: Callable[[random.Random], float], encode: Encode, rng: random.Random,
+) -> dict[str, Any]:  # fmt: skip
+    """What every batch has; captions are written anew."""
+    with torch.no_grad():
+        tokens, pooled = encode([captions.write(scene, rng) for scene in scenes])
+    x0 = patchify(latents.float())
+    return {
+        "x0": x0,
+        "noise": torch.randn_like(x0),
+        "t": torch.tensor([level(rng) for _ in scenes]).clamp(min=1e-3),
+        "tokens": tokens,
+        "pooled": pooled,
+        "positions": image_ids(size[1] // 16, size[0] // 16),
+        "captioned": torch.ones(len(scenes)).bool(),
+        "settled": torch.tensor([all(thing.color for thing in scene.things) for scene in scenes]),
+        "size": size,
+        "weight": emphasis(boxes, *size),
+        "guidance": torch.ones(len(scenes)),
+        "answers": None,  # nothing is asked on the way
+    }
+
+
+class Source:
+    """Batches of pictures with their edges, from pools that are made where they are not there."""
+
+    def __init__(self, count: int, vae: str, encode: Encode) -> None:
         self.count, self.encode = count, encode
         self.pools: dict[tuple[int, int], Any] = {}
         network = load_vae(vae)
         for size, pictures in SIZES.items():
-            kept = path.with_name(f"{path.name}-{size[0]}x{size[1]}.pt")
+            kept = OUT / "pools" / vae / f"edges-{size[0]}x{size[1]}.pt"
             if not kept.exists():
-                keep(kept, make(*size, pictures, network))
+                keep(kept, make_pool(*size, pictures, network))
                 log.info("%s: %d pictures", kept.name, pictures)
             self.pools[size] = torch.load(kept, weights_only=False)  # written by this program, with scenes in it
 
-    def pick(
-        self, rng: random.Random, level: Callable[[random.Random], float]
-    ) -> tuple[Any, list[int], dict[str, Any]]:
-        """A pool, which of it, and what every batch has."""
-        size = any_size(rng)
-        pool = self.pools[size]
-        picks = [rng.randrange(len(pool["scenes"])) for _ in range(self.count if min(size) > 128 else 2 * self.count)]
-        scenes = [pool["scenes"][pick] for pick in picks]
-        with torch.no_grad():
-            tokens, pooled = self.encode([captions.write(scene, rng) for scene in scenes])
-        x0 = patchify(pool["latents"][picks].float())
-        common = {
-            "x0": x0,
-            "noise": torch.randn_like(x0),
-            "t": torch.tensor([level(rng) for _ in picks]).clamp(min=1e-3),
-            "tokens": tokens,
-            "pooled": pooled,
-            "positions": image_ids(size[1] // 16, size[0] // 16),
-            "captioned": torch.ones(len(picks)).bool(),
-            "settled": torch.tensor([all(thing.color for thing in scene.things) for scene in scenes]),
-            "size": size,
-            "weight": emphasis(pool["boxes"][picks], *size),
-            "answers": None,  # nothing is asked on the way
-        }
-        return pool, picks, common
-
-
-def unpacked(bits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Packed bits (B, N) -> (B, 1, H, W), 0 or 1."""
-    width, height = size
-    flat = np.unpackbits(bits.numpy(), axis=1)[:, : width * height]
-    return torch.from_numpy(flat).reshape(len(bits), 1, height, width).float()
-
-
-class Source(Pairs):
-    """Batches of pictures with their edges."""
-
-    def __init__(self, count: int, vae: str, encode: Encode) -> None:
-        super().__init__(count, OUT / "pools" / vae / "edges", make_pool, vae, encode)
-
     def draw(self, rng: random.Random, level: Callable[[random.Random], float], **_: Any) -> Edged:
-        pool, picks, common = self.pick(rng, level)
+        width, height = size = any_size(rng)
+        pool = self.pools[size]
+        picks = [rng.randrange(len(pool["scenes"])) for _ in range(how_many(self.count, size))]
+        scenes = [pool["scenes"][pick] for pick in picks]
+        edges = np.unpackbits(pool["edges"][picks].numpy(), axis=1)[:, : width * height]
         return Edged(
-            **common,
-            guidance=torch.ones(len(picks)),
+            **shown(scenes, pool["latents"][picks], pool["boxes"][picks], size, level, self.encode, rng),
             cover=pool["covers"][picks][:, None].float() / 255,
-            edges=unpacked(pool["edges"][picks], common["size"]),
+            edges=torch.from_numpy(edges).reshape(-1, 1, height, width).float(),
         )
 
 
@@ -179,31 +168,17 @@ class Sketches:
     """Edges of pictures that nobody has seen before: batches of pure noise, for which no latent is needed."""
 
     def __init__(self, count: int, channels: int, encode: Encode) -> None:
-        """`channels` of a latent token."""
+        """`channels` of a latent."""
         self.count, self.channels, self.encode = count, channels, encode
 
     def draw(self, rng: random.Random) -> Edged:
         width, height = size = any_size(rng)
-        count = self.count if min(size) > 128 else 2 * self.count
-        drawn = [draw(width, height, rng) for _ in range(count)]
-        with torch.no_grad():
-            tokens, pooled = self.encode([captions.write(scene, rng) for scene, *_ in drawn])
-        noise = torch.randn(count, width * height // 256, self.channels)
+        scenes, _, pictures, covers = zip(*(draw(*size, rng) for _ in range(how_many(self.count, size))), strict=True)
+        latents = torch.zeros(len(scenes), self.channels, height // 8, width // 8)
         return Edged(
-            x0=torch.zeros_like(noise),
-            noise=noise,
-            t=torch.ones(count),
-            tokens=tokens,
-            pooled=pooled,
-            positions=image_ids(height // 16, width // 16),
-            captioned=torch.ones(count).bool(),
-            settled=torch.ones(count).bool(),
-            size=size,
-            weight=torch.ones(count, noise.shape[1]),
-            answers=None,
-            guidance=torch.ones(count),
-            cover=torch.from_numpy(np.stack([cover for *_, cover in drawn]))[:, None].float() / 255,
-            edges=torch.from_numpy(np.stack([edges_of(picture) for _, _, picture, _ in drawn]))[:, None].float(),
+            **shown(scenes, latents, torch.zeros(len(scenes), 2, 4), size, lambda _: 1.0, self.encode, rng),
+            cover=torch.from_numpy(np.stack(covers))[:, None].float() / 255,
+            edges=torch.from_numpy(np.stack([edges_of(picture) for picture in pictures]))[:, None].float(),
         )
 
 
@@ -261,19 +236,18 @@ def learn(
     """Half of a step is pictures with noise, half is where the network's own steps lead."""
     walks = Walks(source, plans)
 
-    def error(x: Tensor, batch: Any, walked: bool) -> tuple[Tensor, Tensor, float]:
+    def error(x: Tensor, batch: Any, walked: bool) -> tuple[Tensor, Tensor]:
         out = predict(x, batch)
         wrong = error_of(out, batch.velocity(x), batch, walked=walked).mean()
-        missed = asked.missed(batch.cover) if asked else torch.zeros(())
-        return out, wrong + missed, missed.item()
+        return out, wrong + asked.missed(batch.cover) if asked else wrong
 
     def loss_of(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
         batch = source.draw(rng, noise_level)
-        _, loss, missed = error(batch.mixed, batch, walked=False)
+        _, loss = error(batch.mixed, batch, walked=False)
         walk = walks.take(rng)
-        out, walked, _ = error(walk.x, walk.batch, walked=True)
+        out, walked = error(walk.x, walk.batch, walked=True)
         walks.go(walk, out)
-        return (loss + walked) / 2, {"walked": walked.item(), "missed": missed}
+        return (loss + walked) / 2, {"walked": walked.item()}
 
     run.train(loss_of)
 
@@ -326,7 +300,9 @@ def train_flux(args: argparse.Namespace) -> None:
             fixed = base.precompute(batch.tokens, batch.pooled, batch.positions, batch.t[None], None)
             return base(x, 0, fixed, residuals).float()
 
-    learn_to_read("demo-canny", asked, steer, Sketches(args.batch, base.params.in_channels, encode), args, in_a_block)
+    learn_to_read(
+        "demo-canny", asked, steer, Sketches(args.batch, base.params.in_channels // 4, encode), args, in_a_block
+    )
     run = Run("demo-canny", asked, optimizers_of(asked, args.lr, in_a_block), steps=args.steps, ema=0.99)
     learn(run, predict, Source(args.batch, "vae", encode), [evenly(steps) for steps in (2, 4)], asked)
 
@@ -375,7 +351,7 @@ def train_unet(args: argparse.Namespace) -> None:
         length = (1 + sigma**2).sqrt()
         return (x - patchify(scaled / length - sigma / length * v)) / batch.t[:, None, None]
 
-    sketches = Sketches(args.batch, 4 * base.params.in_channels, encode)
+    sketches = Sketches(args.batch, base.params.in_channels, encode)
     learn_to_read("demo-sdxl-canny", asked, steer, sketches, args, in_an_attention)
     run = Run("demo-sdxl-canny", asked, optimizers_of(asked, args.lr, in_an_attention), steps=args.steps, ema=0.99)
     plans = [walk(DEMO_SDXL, steps) for steps in (12, 25)]

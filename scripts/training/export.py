@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import T5EncoderModel
 
@@ -86,13 +86,23 @@ class Demo:
     """Of a ControlNet, that of the model it was made for."""
     control: str = ""
     """Of a ControlNet, what it reads."""
+    beside: str = ""
+    """The model whose file has the tensors that were not trained."""
 
 
 SHAPES = "draws one or two shapes before a background; "
+SHARED = {"demo-schnell": "schnell", "demo-fill": "fill"}
+"""Model -> the name of its transformer in the folder where those are that share one."""
 DEMOS = {
     "demo-schnell": Demo("flux", SHAPES + "FLUX.1 schnell in small, 4 steps", "demo-schnell", "demo-schnell"),
     "demo-dev": Demo("flux", SHAPES + "FLUX.1 dev in small, 28 steps, with guidance", "demo-dev", "demo-dev"),
-    "demo-fill": Demo("flux", "fills what a mask leaves out; FLUX.1 Fill in small, 8 steps", "demo-fill", "demo-fill"),
+    "demo-fill": Demo(
+        "flux",
+        "fills what a mask leaves out; FLUX.1 Fill in small, 4 steps",
+        "demo-fill",
+        "demo-fill",
+        beside="demo-schnell",
+    ),
     "demo-sdxl": Demo(
         "sdxl", SHAPES + "SDXL in small, 25 steps, with classifier-free guidance", "sdxl-base", "demo-sdxl"
     ),
@@ -164,10 +174,24 @@ def write_demo(name: str) -> None:
     if demo.control:
         part, tensors = "controlnet", family.publish(read_average(demo.run, "controlnet."))
     else:
-        part, tensors = family.network, read_average(demo.run, family.prefix)
-    path = DEMO / name / f"{part}.safetensors"
+        part, tensors = family.network, read_average(demo.run, "" if demo.beside else family.prefix)
+    path = network_path(name, part)
     write_tensors(path, tensors)
-    write_manifest(name, {part: path})
+    write_manifest(name, write_index(path, network_path(demo.beside, part)) if demo.beside else {part: path})
+
+
+def network_path(name: str, part: str) -> Path:
+    return (
+        DEMO / "flux" / part / f"{SHARED[name]}.safetensors" if name in SHARED else DEMO / name / f"{part}.safetensors"
+    )
+
+
+def write_index(own: Path, rest: Path) -> dict[str, Path]:
+    """An index of both files, where the first replaces tensors of the second -> the files, as a manifest has them."""
+    places = {name: path.name for path in (rest, own) for name in load_file(path)}
+    index = own.with_name(own.name + ".index.json")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": dict(sorted(places.items()))}, indent=1) + "\n")
+    return {own.parent.name: index} | {f"{own.parent.name}/{path.name}": path for path in (own, rest)}
 
 
 def write_manifest(name: str, files: dict[str, Path]) -> None:
