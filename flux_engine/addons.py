@@ -52,7 +52,8 @@ def _meant(
 ) -> list[tuple[ControlNetSpec, hub.Manifest | str]]:
     """Each with its manifest, or else with where it is."""
     if isinstance(asked, (str, os.PathLike)) or not isinstance(asked, (Sequence, Mapping)):
-        raise InvalidRequest(f"controlnets {asked!r} is neither a list nor a mapping", field="controlnets")
+        remedy = f": say [{os.fspath(asked)!r}]" if isinstance(asked, (str, os.PathLike)) else ""
+        raise InvalidRequest(f"controlnets {asked!r:.80} is neither a list nor a mapping{remedy}", field="controlnets")
     if asked and spec.reads == "reference":
         raise UnsupportedError(f"{spec.name} takes no ControlNets: none was made for it")
     pairs = list(asked.items()) if isinstance(asked, Mapping) else [(None, one) for one in asked]
@@ -88,7 +89,7 @@ def _manifest(where: Named, spec: ModelSpec, known: Mapping[str, hub.Manifest]) 
         raise UnknownModel(f"{name} is a {known[name].kind} and no ControlNet")
     if "/" not in name and not Path(name).exists():
         kinds = dict.fromkeys(kind for one in fitting for kind in one.controls)
-        near = did_you_mean(name, [*kinds, *nets])
+        near = did_you_mean(name, [*kinds, *(one.name for one in fitting)])
         there = ", ".join([*kinds, *(one.name for one in fitting)]) or "none for such a model; give a file"
         raise UnknownModel(f"no ControlNet {name!r} for {spec.name}{near} Known: {there}")
     return None

@@ -152,6 +152,11 @@ class UNetControlNetParams(UNetEncoderParams):
     embedding_channels: tuple[int, ...] = (16, 32, 96, 256)
     """Widths that the picture goes through, each but the first at half the resolution of the one before."""
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether any block does. Of what text, no shape tells otherwise."""
+        return any((*self.transformer_depth, self.mid_depth))
+
     @classmethod
     def of(cls, unet: UNetParams) -> UNetControlNetParams:
         """A full one for this UNet."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from flux_engine import images
 from flux_engine.conditions import build_condition, pasted_back
 from flux_engine.errors import NumericalError, RequestCancelled
-from flux_engine.families.base import Family, Guide, Stage, Walk
+from flux_engine.families.base import Family, Guide, Stage, Walk, notes_of_idle
 from flux_engine.models.layers import add_residuals
 from flux_engine.request import Job
 
@@ -82,7 +82,7 @@ class Pipeline:
             encoded = [stage.family.encode(job, stage.condition) for stage in stages]
             statics = [stage.family.statics(job, read, stage) for stage, read in zip(stages, encoded, strict=True)]
             guides = [stage.family.guides(job, read, stage) for stage, read in zip(stages, encoded, strict=True)]
-            notes = list(dict.fromkeys(note for read in encoded for note in read.notes))
+            notes = list(dict.fromkeys(note for read in encoded for note in read.notes)) + notes_of_idle(guides[0])
 
         with clock("denoise"):
             total = sum(len(stage.schedule.timesteps) for stage in stages)

@@ -92,10 +92,13 @@ def main() -> None:
         if name == "base":
             command.add_argument("--thin", type=float, default=0.8, help="share of those with half of their tokens")
 
-    part("fill", fill.train_fill, steps=600, lr=8e-4, batch=8)
-    for name, run in (("canny", control.train_flux), ("sdxl-canny", control.train_unet)):
-        command = part(name, run, steps=1500, lr=1e-3, batch=8)
-        command.add_argument("--reading", type=int, default=1000, help="steps to read edges, before those to steer")
+    part("fill", fill.train_fill, steps=1000, lr=1e-3, batch=8)
+    for name, run, reading, steps in (
+        ("canny", control.train_flux, 600, 500),
+        ("sdxl-canny", control.train_unet, 400, 250),
+    ):
+        command = part(name, run, steps=steps, lr=1e-3, batch=8)
+        command.add_argument("--reading", type=int, default=reading, help="steps to read edges, before those to steer")
 
     kept = commands.add_parser("checkpoint")
     kept.add_argument("names", nargs="+", metavar="RUN")

@@ -271,6 +271,12 @@ def test_outside_its_window_a_controlnet_is_not_run(engine: Engine) -> None:
     assert len(calls) == 2  # of six calls those whole between 0.3 and 0.7
 
 
+def test_a_controlnet_that_counts_at_no_step_is_said(engine: Engine) -> None:
+    asked = {"control": control(start=0.3, end=0.35), "num_inference_steps": 2, "output_type": "latent"}
+    (note,) = engine(PROMPT, seed=0, **asked).notes
+    assert "counts at no step: none lies whole between 0.3 and 0.35" in note
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_batch_has_the_bits_of_single_requests(engine: Engine, dtype: torch.dtype) -> None:
     if dtype == torch.bfloat16:

@@ -258,7 +258,7 @@ def test_transparency_is_the_mask_and_said() -> None:
     told = job(FLUX_DEV, image=image, mask=Image.new("L", (256, 256), 0))
     assert told.inputs.mask is not None
     assert told.inputs.mask.getextrema() == (0, 0)
-    assert told.notes == ()
+    assert [note.split(",")[0] for note in told.notes] == ["mask is black everywhere"]
 
 
 def test_a_mask_of_another_size_is_scaled_and_said() -> None:
@@ -378,6 +378,21 @@ def test_every_canvas_is_one_the_model_draws(
     assert all(there >= asked * shrunk - 1 for there, asked in zip(bare, room, strict=True))
     if shrunk == 1:
         assert (done.width - bare[0] - bare[2], done.height - bare[1] - bare[3]) == size
+
+
+def test_what_outpainting_draws_otherwise_than_asked_for_is_said() -> None:
+    assert job(DEMO_DEV, image=plain(256, 256), outpaint=(0, 0, 64, 0)).notes == ()
+    (note,) = job(DEMO_DEV, image=plain(256, 256), outpaint=(0, 0, 37, 0)).notes
+    assert note == "outpaint to 293x256 enlarged to 304x256, which the model draws"
+    (note,) = job(DEMO_DEV, image=plain(256, 256), outpaint=(0, 0, 5000, 0)).notes
+    assert note == "image 256x256 scaled to 24x24: with its room it is 5256x256, larger than the model draws"
+    assert "enlarged" in str(refused(DEMO_DEV, image=plain(256, 256), outpaint=(0, 0, 37, 0), strict=True))
+
+
+def test_a_mask_that_repaints_nothing_is_said() -> None:
+    for mask in (plain(64, 64, color=(0, 0, 0)), np.ones((64, 64), np.uint8)):
+        (note,) = job(DEMO_DEV, image=plain(64, 64), mask=mask).notes
+        assert note.startswith("mask is black everywhere")
 
 
 def test_outpaint_says_the_size_and_makes_the_mask() -> None:

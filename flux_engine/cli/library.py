@@ -46,10 +46,14 @@ def _models(args: argparse.Namespace) -> None:
         show(json.dumps(rows))
         return
     for row in rows:
-        size = "" if row["bytes"] is None else f"{row['bytes'] / 1e9:.2f} GB"
+        size = "" if row["bytes"] is None else _in_words(row["bytes"])
         reads = f" ({', '.join(row['controls'])})" if row["controls"] else ""
         kind = f"{row['kind']}{reads}: " if row["kind"] != "model" else ""
         show(f"{row['name']:30} {size:>9}  {row['licence']:28} {kind}{row['description']}")
+
+
+def _in_words(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def _download(args: argparse.Namespace) -> None:

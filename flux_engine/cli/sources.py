@@ -32,7 +32,7 @@ def add(generate: argparse.ArgumentParser) -> None:
     start = generate.add_argument_group("a picture to start from, or to change")
     start.add_argument("--image", metavar="FILE", help=FILE)
     start.add_argument("--mask", metavar="FILE", help="white is repainted, black is kept")
-    start.add_argument("--strength", type=float, metavar="S", help="0 changes nothing, 1 draws anew")
+    start.add_argument("--strength", type=float, metavar="S", help="1 draws anew; default 0.8, with a mask 1")
     start.add_argument("--outpaint", metavar="L,T,R,B or WxH", help="room around it in pixels, or the size to come to")
     start.add_argument("--no-paste-back", action="store_true", help="what the mask keeps need not be to the bit")
     start.add_argument("--resize", metavar="HOW", help="stretch (default), cover, contain or none")

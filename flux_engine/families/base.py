@@ -178,6 +178,16 @@ def calls_between(start: float, end: float, count: int) -> range:
     return range(inside[0], inside[-1] + 1) if inside else range(0)
 
 
+def notes_of_idle(guides: Sequence[Guide]) -> list[str]:
+    """What is to be said of ControlNets that count at no call."""
+    return [
+        f"{guide.hint.controlnet.spec.name} counts at no step: none lies whole between {guide.hint.start:g} and "
+        f"{guide.hint.end:g} of them"
+        for guide in guides
+        if not guide.calls
+    ]
+
+
 class Family(ABC, Generic[Spec]):
     """A model, put together: its networks and what the request path needs to know about them."""
 

@@ -118,6 +118,8 @@ class SDXLFamily(Family[SDXLSpec]):
             found = UNetControlNetParams.from_shapes(source.shapes)
             own = self.net.params
             params = replace(found, head_dim=own.head_dim, norm_groups=own.norm_groups)
+            if not params.reads_text:
+                params = replace(params, cross_attention_dim=own.cross_attention_dim)
             for name in ("block_out_channels", "cross_attention_dim", "add_embed_dim"):
                 if getattr(params, name) != getattr(own, name):
                     raise WeightsError(

@@ -65,7 +65,7 @@ def read_controls(sent: Any, spec: ModelSpec, *, urls: bool) -> list[ControlInpu
     several = [sent] if isinstance(sent, (Control, Mapping)) else sent
     if not isinstance(several, (tuple, list)):
         raise InvalidRequest(
-            f"control is a {type(sent).__name__}, no list of Control(kind=..., image=...)", field="control"
+            f"control is a {type(sent).__name__}, no Control(kind=..., image=...) and no list of them", field="control"
         )
     return [_read(_as_control(one), spec, urls=urls) for one in several]
 
@@ -95,7 +95,7 @@ def _read(control: Control, spec: ModelSpec, *, urls: bool) -> ControlInput:
         )
     if kind not in spec.controls:
         near = did_you_mean(kind, spec.controls) if spec.controls else "."
-        known = f"Known: {', '.join(spec.controls)}" if spec.controls else "load(..., controlnets=...)"
+        known = f"Known: {', '.join(spec.controls)}" if spec.controls else f"load(..., controlnets=[{kind[:40]!r}])"
         raise InvalidRequest(f"{spec.name} has no control {kind!r:.40}{near} {known}", field="control")
     own = spec.reads == "structure" and kind == spec.structure
     if own and (control.scale, control.start, control.end) != (1.0, 0.0, 1.0):

@@ -105,7 +105,7 @@ class PictureFields:
     """How much of the picture is given up: 1 draws anew, 0 changes nothing. Default 0.8, and 1 with a mask."""
     outpaint: Sequence[int] | None = None
     """Room to paint around the picture: pixels (left, top, right, bottom), or (width, height) to come to. The picture's
-    edges go on into it, which a strength below 1 begins from."""
+    edges go on into it, which a strength below 1 begins from; its last 8 pixels before the room are repainted too."""
     paste_back: bool | None = None
     """Whether pixels that the mask keeps are exactly the picture's. Default True."""
     control: Sequence[Control | Mapping[str, Any]] | Control = ()
@@ -192,7 +192,7 @@ class PictureFields:
         if self.outpaint is not None:
             from flux_engine.inputs.room import with_room
 
-            return with_room(pictures.flatten(image), self.outpaint, spec.sizes)
+            return with_room(pictures.flatten(image), self.outpaint, spec.sizes, notes)
         mask = None
         if self.mask is not None:
             mask = pictures.read_mask(self.mask, "mask", urls=self.allow_urls)
@@ -201,6 +201,8 @@ class PictureFields:
                     f"mask {mask.size[0]}x{mask.size[1]} scaled to the picture's {image.size[0]}x{image.size[1]}"
                 )
                 mask = pictures.fit(mask, image.size, "stretch")
+            if mask.getextrema()[1] <= 1:  # type: ignore[operator]
+                notes.append("mask is black everywhere, of 255 at most 1, and black is kept: nothing is repainted")
         elif spec.reads != "reference" and (mask := pictures.alpha_mask(image)) is not None:
             notes.append("the transparent part of image is repainted: its alpha is the mask")
             return image.convert("RGB"), mask

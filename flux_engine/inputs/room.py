@@ -15,16 +15,17 @@ OVERLAP = 8
 """Pixels of the picture, along each side with room, that are repainted too, so that the room goes on from it."""
 
 
-def with_room(image: Image.Image, room: object, sizes: SizeTable) -> tuple[Image.Image, Image.Image]:
+def with_room(image: Image.Image, room: object, sizes: SizeTable, notes: list[str]) -> tuple[Image.Image, Image.Image]:
     """RGB -> canvas, RGB, and mask, L, both of a size that the model draws. The picture is scaled down if it has to be,
     never stretched. In the room its edges go on, so that an autoencoder, which sees both, keeps the picture as it is.
 
     `room` is pixels of the picture (left, top, right, bottom), or the size to come to (width, height), with the picture
-    in the middle. Raises InvalidRequest.
+    in the middle. What is drawn otherwise than asked for is added to `notes`. Raises InvalidRequest.
     """
     left, top, right, bottom = _margins(image.size, room, sizes)
     wanted = image.width + left + right, image.height + top + bottom
     shrink = min(1.0, sizes.max_side / max(wanted), (sizes.max_pixels / (wanted[0] * wanted[1])) ** 0.5)
+    sent = image.size
     if shrink < 1:
         shrink *= 1 - 2 / sizes.max_side  # for the margins, which are rounded up
         image = image.resize(
@@ -32,6 +33,13 @@ def with_room(image: Image.Image, room: object, sizes: SizeTable) -> tuple[Image
         )
     left, width = _along(image.width, ceil(left * shrink), ceil(right * shrink), sizes)
     top, height = _along(image.height, ceil(top * shrink), ceil(bottom * shrink), sizes)
+    if shrink < 1:
+        notes.append(
+            f"image {sent[0]}x{sent[1]} scaled to {image.width}x{image.height}: with its room it is "
+            f"{wanted[0]}x{wanted[1]}, larger than the model draws"
+        )
+    elif (width, height) != wanted:
+        notes.append(f"outpaint to {wanted[0]}x{wanted[1]} enlarged to {width}x{height}, which the model draws")
     around = (top, height - top - image.height), (left, width - left - image.width), (0, 0)
     canvas = Image.fromarray(np.pad(np.asarray(image), around, mode="edge"))
     mask = Image.new("L", canvas.size, 255)

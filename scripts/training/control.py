@@ -202,7 +202,8 @@ class Asked(nn.Module):
     def _missed(self, head: nn.Module, seen: Any, cover: Tensor) -> Tensor:
         tokens = seen[0] if isinstance(seen, tuple) else seen  # a double block gives those of the picture first
         if tokens.dim() == 4:  # a map, whose size is rounded up
-            down, right = (side * self.cells - have for side, have in zip(seen.shape[2:], cover.shape[2:], strict=True))
+            sides = zip(tokens.shape[2:], cover.shape[2:], strict=True)
+            down, right = (side * self.cells - have for side, have in sides)
             cover = pad(cover, (0, right, 0, down))
             tokens = tokens.flatten(2).transpose(1, 2)
         truth = pixel_unshuffle(cover, self.cells).flatten(2).transpose(1, 2)
@@ -264,7 +265,8 @@ def audible(convolutions: nn.Module) -> None:
     for layer in convolutions.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.normal_(layer.weight, std=SILU_GAIN / (layer.weight[0].numel() ** 0.5))
-            nn.init.zeros_(layer.bias)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
 
 def new_flux_controlnet(base: Flux) -> FluxControlNet:

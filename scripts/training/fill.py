@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import max_pool2d, pixel_unshuffle
 
 from benchmarks import world
-from benchmarks.world import Placed
+from benchmarks.world import Placed, Scene
 from flux_engine.models.flux import Flux, patchify
 from flux_engine.specs import DEMO_FILL
 from training.batches import Batch, evenly
@@ -71,8 +71,11 @@ class Source:
 
     def draw(self, rng: random.Random, level: Callable[[random.Random], float], **_: Any) -> Holed:
         width, height = size = any_size(rng)
-        scenes, pictures, masks, boxes = [], [], [], []
-        for _ in range(how_many(self.count, size)):
+        scenes: list[Scene] = []
+        pictures: list[Image.Image] = []
+        masks: list[np.ndarray[Any, Any]] = []
+        boxes: list[list[list[float]]] = []
+        while len(scenes) < how_many(self.count, size):
             scene = world.sample_scene(rng)
             settled = world.settle(scene, rng)
             placed = world.layout(settled, width, height, rng)
@@ -91,7 +94,7 @@ class Source:
         return Holed(**common, beside=patchify(torch.cat((kept, pixel_unshuffle(mask, 8)), dim=1)))
 
 
-OWN = ("img_in.", "double_blocks.0.")
+OWN = ("img_in.", "double_blocks.")
 """What is not demo-schnell's."""
 
 
@@ -111,7 +114,7 @@ def train_fill(args: argparse.Namespace) -> None:
     use_faster_operations()
     torch.manual_seed(10)
     net = new_fill()
-    own = nn.ModuleDict({"img_in": net.img_in, "double_blocks": net.double_blocks[:1]})
+    own = nn.ModuleDict({"img_in": net.img_in, "double_blocks": net.double_blocks})
     run = Run("demo-fill", own, optimizers_of(own, args.lr, in_a_block), steps=args.steps, ema=0.99)
 
     def predict(x: Tensor, batch: Any) -> Tensor:
