@@ -102,7 +102,8 @@ class PictureFields:
     mask: Any = None
     """White is repainted, black is kept, grey in part; scaled to the picture."""
     strength: float | None = None
-    """How much of the picture is given up: 1 draws anew, 0 changes nothing. Default 0.8, and 1 with a mask."""
+    """How much of the picture is given up: 1 draws anew, 0 is the autoencoder's round trip. Default 0.8, and 1
+    with a mask."""
     outpaint: Sequence[int] | None = None
     """Room to paint around the picture: pixels (left, top, right, bottom), or (width, height) to come to. The picture's
     edges go on into it, which a strength below 1 begins from; its last 8 pixels before the room are repainted too."""
@@ -201,7 +202,7 @@ class PictureFields:
                     f"mask {mask.size[0]}x{mask.size[1]} scaled to the picture's {image.size[0]}x{image.size[1]}"
                 )
                 mask = pictures.fit(mask, image.size, "stretch")
-            if mask.getextrema()[1] <= 1:  # type: ignore[operator]
+            if pictures.extremes(mask)[1] <= 1:
                 notes.append("mask is black everywhere, of 255 at most 1, and black is kept: nothing is repainted")
         elif spec.reads != "reference" and (mask := pictures.alpha_mask(image)) is not None:
             notes.append("the transparent part of image is repainted: its alpha is the mask")

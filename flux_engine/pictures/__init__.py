@@ -5,7 +5,7 @@ InvalidRequest that names what was sent, shortened, and what to send instead.
 """
 
 from flux_engine.pictures.arrays import MAX_BYTES, MAX_PIXELS, MAX_SIDE, Size
-from flux_engine.pictures.decoding import FORMATS
+from flux_engine.pictures.decoding import FORMATS, extremes
 from flux_engine.pictures.reading import alpha_mask, flatten, read_mask, read_picture
 from flux_engine.pictures.sizing import (
     KONTEXT_SIZES,
@@ -30,6 +30,7 @@ __all__ = [
     "Resize",
     "Size",
     "alpha_mask",
+    "extremes",
     "fit",
     "flatten",
     "nearest_aspect",

@@ -1,6 +1,6 @@
 """demo-fill: demo-schnell, which reads a picture with a hole, and the hole's mask, beside the latent.
 
-Only what reads them and the first block learn, so that it draws as well as before; the rest is demo-schnell's file.
+Only what reads them and the double blocks learn, so that it draws as well as before; the rest is demo-schnell's file.
 Pictures with objects anywhere, and captions of all that they show. Holes are around an object, anywhere, or all of one
 side, as outpainting has them: what is to be seen already is not to be drawn again.
 """
