@@ -622,8 +622,8 @@ def test_what_is_loaded(fresh: Callable[..., tuple[Predictor, list[str]]], publi
             controlnet_1="illusion",
             controlnet_1_image=photo_content,
         )
-    with pytest.raises(UnknownModel, match="no ControlNet 'canny' for demo-dev"):
-        run(fresh("sdxl-controlnet", model="demo-dev")[0])
+    with pytest.raises(UnknownModel, match="no ControlNet 'depth' for demo-dev"):
+        run(fresh("sdxl-multi-controlnet", model="demo-dev")[0])
     with pytest.raises(UnknownModel, match="sdxl-refine"):
         fresh("sdxl", refiner="sdxl-refine")
     with pytest.raises(InvalidRequest, match="demo-dev does not change a picture"):
