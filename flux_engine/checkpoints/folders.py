@@ -91,4 +91,7 @@ def files_of(path: Path) -> tuple[list[Path], dict[str, str]]:
         raise WeightsError(f"{path} cannot be read: {error.strerror}") from None
     if folder:
         path = weights_in(path)
-    return (shards_of(path), placed_by(path)) if is_index(path.name) else ([path], {})
+    if not is_index(path.name):
+        return [path], {}
+    places = placed_by(path)
+    return [path.parent / name for name in sorted(set(places.values()))], places
