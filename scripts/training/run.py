@@ -19,6 +19,13 @@ from flux_engine.hardware import has_bf16
 ROOT = Path(__file__).resolve().parent.parent.parent
 OUT = ROOT / "out" / "train"
 KEPT = ROOT / "weights" / "checkpoints"
+SHIPPED = {
+    "vae": ("flux/vae", ""),
+    "sdxl-vae": ("sdxl/vae", ""),
+    "sdxl-text": ("sdxl/text_encoder_2/model", "clip_2."),
+    "demo-schnell": ("flux/transformer/schnell", "flux."),
+}
+"""Run -> the file under weights/demo with all that is needed of it, and what the run's own names begin with."""
 
 log = logging.getLogger("train_demo")
 
@@ -127,9 +134,12 @@ class Run:
 
 def read_average(name: str, prefix: str = "") -> dict[str, Tensor]:
     """The moving average of a run, or the part of it under a prefix: from its checkpoint under out/train, or else from
-    what `checkpoint` kept of it in the repository."""
+    what `checkpoint` kept of it in the repository, or what ships."""
     if (OUT / f"{name}.pt").exists():
         average = torch.load(OUT / f"{name}.pt", weights_only=True)["average"]
+    elif name in SHIPPED:
+        file, own = SHIPPED[name]
+        average = {own + k: v.float() for k, v in load_file(ROOT / "weights" / "demo" / f"{file}.safetensors").items()}
     else:
         average = {k: v.float() for k, v in load_file(KEPT / f"{name}.safetensors").items()}
     return {k.removeprefix(prefix): v for k, v in average.items() if k.startswith(prefix)}

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from benchmarks import captions, world
 from benchmarks.world import Scene
+from flux_engine.checkpoints.tables import published_clip
 from flux_engine.specs import DEMO_DEV
 from training.run import OUT, ROOT, Run, autocast, log, read_average
 
@@ -285,5 +286,6 @@ def load_text() -> TextEncoders:
 def load_paired() -> PairedEncoders:
     """Those of the SDXL models."""
     encoders = PairedEncoders()
-    encoders.clip_2.load_state_dict(read_average("sdxl-text", "clip_2."))
+    kept = {published_clip(k): v for k, v in read_average("sdxl-text", "clip_2.").items()}
+    encoders.clip_2.load_state_dict({k: kept[published_clip(k)] for k in encoders.clip_2.state_dict()})
     return encoders.eval().requires_grad_(False)
