@@ -24,6 +24,7 @@ from flux_engine.families.flux import FluxFamily
 from flux_engine.families.load import load_family
 from flux_engine.families.sdxl import SDXLFamily
 from flux_engine.pipeline import OnStep, Pipeline, check_cancelled
+from flux_engine.quantization.policy import schemes_of
 from flux_engine.request import Job, Request
 from flux_engine.result import Result
 from flux_engine.specs import FluxSpec, ModelSpec, SDXLSpec, refined
@@ -50,7 +51,7 @@ def load(
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
-    quantization: str = "none",
+    quantization: str | None = None,
     embedding_cache: int = 64,
     revision: str | None = None,
     variant: str | None = None,
@@ -65,7 +66,9 @@ def load(
     a repository on the Hugging Face hub, or OWNER/NAME/FILE. A file may hold the transformer alone.
 
     `device` and `dtype` default to the environment (FLUX_ENGINE_DEVICE, FLUX_ENGINE_DTYPE) and then to what the
-    machine does best; see EngineConfig. `embedding_cache` is the number of encoded prompts to keep. `revision` is a
+    machine does best; see EngineConfig. `quantization` is "int8" or "fp8", "fp8-storage" to save memory only, "auto"
+    for what the machine multiplies, or "none", which is the default unless FLUX_ENGINE_QUANTIZATION says otherwise.
+    `embedding_cache` is the number of encoded prompts to keep. `revision` is a
     branch, tag or commit of the repository, `variant` one of the kinds of files in it, as "fp16"; `offline`, like
     HF_HUB_OFFLINE=1, takes files from the hub's local cache only. `refiner` is an SDXL refiner to load with an SDXL
     model, for requests that say `refine`. `controlnets` are ControlNets for requests that bring `control` pictures:
@@ -82,6 +85,7 @@ def load(
     began = time.perf_counter()
     target = hardware.pick_device(config.device)
     compute = hardware.pick_dtype(config.dtype, target)
+    scheme = hardware.pick_quantization(config.quantization, target)
     known = hub.manifests(config.weights)
     early = hub.spec_of(_named(model), known)
     if early is not None:  # what cannot be is refused before gigabytes are fetched
@@ -99,6 +103,7 @@ def load(
             found.parts,
             dtype=compute,
             device=target,
+            quantization=scheme,
             embedding_cache=config.embedding_cache,
         )
         if refining and isinstance(family, SDXLFamily) and isinstance(refining.spec, SDXLSpec):
@@ -107,7 +112,7 @@ def load(
         if adapter is not None and isinstance(family, FluxFamily):
             family = family.with_redux(adapter)
     seconds = time.perf_counter() - began
-    log.info("loaded %s on %s as %s in %.2f s", model, target, compute, seconds)
+    log.info("loaded %s on %s as %s, quantization %s, in %.2f s", model, target, compute, scheme, seconds)
     return Engine(family, load_seconds=seconds)
 
 
@@ -210,18 +215,22 @@ class Engine:
             family.forget()
 
     def describe(self) -> dict[str, Any]:
-        """What is in force: model, device, dtype, number of weights."""
+        """What is in force: model, device, dtype, number of weights, and what the linears of a network that has some of
+        8 bits are kept in."""
         family = self._pipeline.family
         learned = {"textual_inversion": dict(family.text.words)} if getattr(family.text, "learned", ()) else {}
         return learned | {
             "model": self.spec.name,
             "device": str(family.net.device),
             "hardware": hardware.describe(family.net.device),
+            "quantization": family.quantization,
             "parts": {
                 name: {
                     "dtype": str(next(net.parameters()).dtype).removeprefix("torch."),
                     "parameters": sum(p.numel() for p in net.parameters()),
+                    "bytes": sum(p.nbytes for p in net.parameters()),
                 }
+                | schemes_of(net)
                 for name, net in family.networks().items()
             },
             "attention": "torch.scaled_dot_product_attention",

@@ -8,6 +8,8 @@ from flux_engine.errors import UnsupportedError
 
 BF16_CAPABILITY = (8, 0)
 """First compute capability that multiplies bf16. torch reports emulated bf16 as supported on older cards."""
+FP8_CAPABILITY = (8, 9)
+INT8_CAPABILITY = (7, 5)
 
 
 def pick_device(name: str) -> torch.device:
@@ -50,6 +52,32 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         "bfloat16": torch.bfloat16,
         "float16": torch.float16,
     }[name]
+
+
+def pick_quantization(name: str, device: torch.device) -> str:
+    """The scheme that is in force: the one asked for, or for "auto" what the device multiplies.
+
+    Raises UnsupportedError for one that it does not.
+    """
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    if name == "auto":
+        if capability is None:
+            return "int8" if has_vnni() else "none"
+        return "fp8" if capability >= FP8_CAPABILITY else "int8" if capability >= INT8_CAPABILITY else "none"
+    least = {"fp8": FP8_CAPABILITY, "int8": INT8_CAPABILITY}.get(name)
+    if capability is not None and least is not None and capability < least:
+        other = "int8" if name == "fp8" and capability >= INT8_CAPABILITY else "fp8-storage"
+        raise UnsupportedError(
+            f"quantization {name!r} asked for, but {torch.cuda.get_device_name(device)} has compute capability "
+            f"{capability[0]}.{capability[1]} and multiplies it from {least[0]}.{least[1]} on; use {other!r}"
+        )
+    return name
+
+
+def has_vnni() -> bool:
+    """Whether the processor multiplies 8-bit integers itself."""
+    features = torch.cpu.get_capabilities()
+    return any(features.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
 
 
 def has_bf16(device: torch.device) -> bool:

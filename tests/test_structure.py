@@ -33,6 +33,7 @@ LEVELS = {
     "hardware": 1,
     "ops": 1,
     "attention": 1,
+    "quantization": 1.2,
     "models": 2,
     "result": 3.7,
     "checkpoints": 3,

@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flux_engine.checkpoints.source import WeightSource
 from flux_engine.errors import WeightsError
+from flux_engine.quantization.linears import BLOCK, QuantizedLinear, Scheme, quantize_weight
+from flux_engine.quantization.policy import Treat, place
 
 Module = TypeVar("Module", bound=nn.Module)
 SHOWN = 8
@@ -24,22 +26,30 @@ def load_module(
     device: torch.device,
     rename: Callable[[str], str] = lambda name: name,
     tied: Mapping[str, str] | None = None,
+    treat: Treat | None = None,
 ) -> Module:
     """Make a network and fill it from `source`.
 
     `make` builds it; nothing is allocated or initialised while it does. `rename` turns the network's name of a
     parameter into the file's. `tied` maps a parameter to the one whose storage it shares and which alone is stored.
-    Raises WeightsError listing every tensor that is missing, left over or of another shape, or for whole numbers; then
-    nothing was placed.
+    `treat` says which linears are to be of 8 bits; they are made so some rows at a time.
+    Raises WeightsError listing every tensor that is missing, left over or of another shape, or for whole numbers, or
+    for a weight that is to be of 8 bits and not finite; then nothing was placed.
     """
     try:
         with torch.device("meta"):
             module = make()
+            if treat is not None:
+                place(module, treat)
     except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
         raise WeightsError(f"{source.path}: no network can be made as it is described: {error}") from None
     tied = tied or {}
+    quantized = {n: layer.scheme for n, layer in module.named_modules() if isinstance(layer, QuantizedLinear)}
+    scales = {f"{name}.weight_scale" for name in quantized}
     wanted = {
-        name: (rename(name), tuple(tensor.shape)) for name, tensor in module.state_dict().items() if name not in tied
+        name: (rename(name), tuple(tensor.shape))
+        for name, tensor in module.state_dict().items()
+        if name not in tied and name not in scales
     }
     _compare(source, dict(wanted.values()))
     for stored, _ in wanted.values():
@@ -52,13 +62,36 @@ def load_module(
     # Where a CPU computes with it, a tensor has memory of its own: a file may be written over while the engine runs,
     # and a product with one row has other last bits where a tensor does not begin evenly in memory.
     own = device.type == "cpu"
-    state = {name: source.rows(stored, dtype=dtype, own=own).to(device) for name, (stored, _) in wanted.items()}
+    state: dict[str, Tensor] = {}
+    for name, (stored, _) in wanted.items():
+        layer, _, leaf = name.rpartition(".")
+        if leaf == "weight" and layer in quantized:
+            state[name], state[f"{layer}.weight_scale"] = _quantized(source, stored, quantized[layer], device)
+        else:
+            state[name] = source.rows(stored, dtype=dtype, own=own).to(device)
     state |= {name: state[original] for name, original in tied.items()}
     module.load_state_dict(state, strict=True, assign=True)
     for name, original in tied.items():
         parent, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(parent), leaf, module.get_parameter(original))
     return module.eval().requires_grad_(False)
+
+
+def _quantized(source: WeightSource, name: str, scheme: Scheme, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A matrix in 8 bits, and the scales of its rows. Made from its numbers as they are stored, in float32, and not as
+    the network's other weights are converted: so they do not depend on that."""
+    count, width = source.recipes[name].shape
+    values = torch.empty((count, width), dtype=scheme.dtype, device=device)
+    scale = torch.empty(count, dtype=torch.float32, device=device)
+    step = max(1, BLOCK // (4 * width))
+    for start in range(0, count, step):
+        rows = slice(start, min(start + step, count))
+        part = source.rows(name, rows.start, rows.stop, dtype=torch.float32)
+        values[rows], scale[rows] = quantize_weight(part.to(device), scheme)
+    if not scale.isfinite().all():
+        row = int(scale.isfinite().logical_not().nonzero()[0])
+        raise WeightsError(f"{source.path}: row {row} of {source.recipes[name].stored} is not finite")
+    return values, scale
 
 
 def differences(source: WeightSource, wanted: Mapping[str, Sequence[int]]) -> dict[str, list[str]]:

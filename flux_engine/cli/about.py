@@ -10,7 +10,7 @@ from typing import Any
 import flux_engine
 from flux_engine import __version__, hub
 from flux_engine.cli.output import show
-from flux_engine.config import EngineConfig
+from flux_engine.config import QUANTIZATIONS, EngineConfig
 from flux_engine.replicate.schemas import SCHEMAS, find_schema
 
 
@@ -20,6 +20,7 @@ def add(commands: Any) -> None:
     info.add_argument("--model")
     info.add_argument("--device")
     info.add_argument("--dtype")
+    info.add_argument("--quantization", metavar="SCHEME", help=", ".join(QUANTIZATIONS))
     info.add_argument("--json", action="store_true")
     info.set_defaults(run=_info)
 
@@ -34,7 +35,7 @@ def _info(args: argparse.Namespace) -> None:
 
     from flux_engine import hardware
 
-    config = EngineConfig.from_environment(device=args.device, dtype=args.dtype)
+    config = EngineConfig.from_environment(device=args.device, dtype=args.dtype, quantization=args.quantization)
     device = hardware.pick_device(config.device)
     dtype = hardware.pick_dtype(config.dtype, device)
     report: dict[str, Any] = {
@@ -44,10 +45,12 @@ def _info(args: argparse.Namespace) -> None:
         "device": str(device),
         "hardware": hardware.describe(device),
         "dtype": str(dtype).removeprefix("torch."),
+        "quantization": hardware.pick_quantization(config.quantization, device),
         "weights": str(hub.weights_folder()),
     }
     if args.model:
-        report["model"] = flux_engine.load(args.model, device=args.device, dtype=args.dtype).describe()
+        engine = flux_engine.load(args.model, device=args.device, dtype=args.dtype, quantization=args.quantization)
+        report["model"] = engine.describe()
     if args.json:
         show(json.dumps(report))
         return

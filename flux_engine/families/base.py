@@ -244,6 +244,8 @@ class Family(ABC, Generic[Spec]):
     channel_dim: ClassVar[int]
     """Where the loop's x has its channels."""
     controlnets: tuple[ControlNet, ...]
+    quantization: str
+    """The scheme that was asked for."""
 
     publishers_layout: ClassVar[str]
     """What the layout of the publisher's own files is called."""

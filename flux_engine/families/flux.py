@@ -40,6 +40,7 @@ from flux_engine.models.flux import Flux, FluxStatics, patchify, unpatchify
 from flux_engine.models.flux_controlnet import FluxControlNet
 from flux_engine.models.vae import AutoEncoder
 from flux_engine.params import FluxControlNetParams, FluxParams
+from flux_engine.quantization.policy import treatment
 from flux_engine.request import Job
 from flux_engine.schedulers import flow_match_euler
 from flux_engine.specs import FLUX_DEV, UNION_MODES, ControlNetSpec, FluxSpec
@@ -67,6 +68,7 @@ class FluxFamily(Family[FluxSpec]):
     text: FluxTextEncoder
     controlnets: tuple[ControlNet, ...] = ()
     redux: Redux | None = None
+    quantization: str = "none"
 
     @classmethod
     def load(
@@ -76,6 +78,7 @@ class FluxFamily(Family[FluxSpec]):
         *,
         dtype: torch.dtype,
         device: torch.device,
+        quantization: str = "none",
         embedding_cache: int,
     ) -> FluxFamily:
         """The transformer's widths and depths come from its checkpoint."""
@@ -87,16 +90,18 @@ class FluxFamily(Family[FluxSpec]):
                     f"{files['transformer']} {'has' if params.guidance_embed else 'lacks'} a guidance embedding, "
                     f"which does not fit {spec.name}"
                 )
-            net = load_module(lambda: Flux(params), source, dtype=dtype, device=device)
+            treat = treatment("flux", quantization)
+            net = load_module(lambda: Flux(params), source, dtype=dtype, device=device, treat=treat)
         text = FluxTextEncoder.load(
             files,
             max_sequence_length=spec.max_sequence_length,
             dtype=dtype,
             device=device,
+            quantization=quantization,
             cache_size=embedding_cache,
         )
         vae = load_vae(spec, files["vae"], dtype=dtype, device=device)
-        return cls(replace(spec, transformer=params), net, vae, text)
+        return cls(replace(spec, transformer=params), net, vae, text, quantization=quantization)
 
     def load_controlnet(self, spec: ControlNetSpec, path: Path) -> ControlNet:
         with WeightSource.open(path) as file:
@@ -109,7 +114,13 @@ class FluxFamily(Family[FluxSpec]):
                         f"{path} was made for another model: its {name} is {getattr(params, name)}, that of "
                         f"{self.spec.name} {getattr(own, name)}"
                     )
-            net = load_module(lambda: FluxControlNet(params), source, dtype=self.net.dtype, device=self.net.device)
+            net = load_module(
+                lambda: FluxControlNet(params),
+                source,
+                dtype=self.net.dtype,
+                device=self.net.device,
+                treat=treatment("flux_controlnet", self.quantization),
+            )
         if params.num_modes:
             kinds = {kind: UNION_MODES.get(kind) if mode is None else mode for kind, mode in spec.kinds.items()}
             for kind, mode in kinds.items():

@@ -18,6 +18,7 @@ def load_family(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    quantization: str = "none",
     embedding_cache: int,
 ) -> FluxFamily | SDXLFamily:
     """Read every part from its file.
@@ -25,4 +26,6 @@ def load_family(
     Raises WeightsError if a file does not hold what the spec or the file itself promises.
     """
     family = {FluxSpec: FluxFamily, SDXLSpec: SDXLFamily}[type(spec)]
-    return family.load(spec, files, dtype=dtype, device=device, embedding_cache=embedding_cache)
+    return family.load(
+        spec, files, dtype=dtype, device=device, quantization=quantization, embedding_cache=embedding_cache
+    )

@@ -39,6 +39,7 @@ from flux_engine.models.unet import UNet, UNetStatics
 from flux_engine.models.unet_controlnet import UNetControlNet
 from flux_engine.models.vae import AutoEncoder
 from flux_engine.params import UNetControlNetParams, UNetParams
+from flux_engine.quantization.policy import treatment
 from flux_engine.request import Job
 from flux_engine.schedulers import Diffusers, scheduler_config
 from flux_engine.specs import REFINER_STRENGTH, ControlNetSpec, SDXLSpec
@@ -47,7 +48,9 @@ from flux_engine.text.inversion import Inversion
 from flux_engine.text.sdxl import SDXLTextEncoder
 
 
-def load_unet(spec: SDXLSpec, file: Path, *, dtype: torch.dtype, device: torch.device) -> tuple[SDXLSpec, UNet]:
+def load_unet(
+    spec: SDXLSpec, file: Path, *, dtype: torch.dtype, device: torch.device, quantization: str
+) -> tuple[SDXLSpec, UNet]:
     """A UNet, and the spec with its widths and depths, which come from the checkpoint; a head's width and the number of
     groups, which no shape tells, from the spec."""
     with WeightSource.open(file) as opened:
@@ -59,7 +62,8 @@ def load_unet(spec: SDXLSpec, file: Path, *, dtype: torch.dtype, device: torch.d
                 f"{file} {'has' if params.guidance_embed else 'lacks'} a guidance embedding, which does not fit "
                 f"{spec.name}"
             )
-        net = load_module(lambda: UNet(params), source, dtype=dtype, device=device)
+        treat = treatment("unet", quantization)
+        net = load_module(lambda: UNet(params), source, dtype=dtype, device=device, treat=treat)
     return replace(spec, unet=params), channels_last(net)
 
 
@@ -79,6 +83,7 @@ class SDXLFamily(Family[SDXLSpec]):
     text: SDXLTextEncoder
     refiner: SDXLFamily | None = None
     controlnets: tuple[ControlNet, ...] = ()
+    quantization: str = "none"
 
     @classmethod
     def load(
@@ -88,18 +93,22 @@ class SDXLFamily(Family[SDXLSpec]):
         *,
         dtype: torch.dtype,
         device: torch.device,
+        quantization: str = "none",
         embedding_cache: int,
     ) -> SDXLFamily:
-        spec, net = load_unet(spec, files["unet"], dtype=dtype, device=device)
+        spec, net = load_unet(spec, files["unet"], dtype=dtype, device=device, quantization=quantization)
         text = SDXLTextEncoder.load(files, dtype=dtype, device=device, cache_size=embedding_cache)
-        return cls(spec, net, load_vae(spec, files["vae"], dtype=dtype, device=device), text)
+        vae = load_vae(spec, files["vae"], dtype=dtype, device=device)
+        return cls(spec, net, vae, text, quantization=quantization)
 
     def with_refiner(self, spec: SDXLSpec, files: Mapping[str, Path]) -> SDXLFamily:
         """The same with a refiner's UNet beside it, which shares the autoencoder and the second text encoder.
 
         Raises WeightsError if it reads another text encoder's states.
         """
-        spec, net = load_unet(spec, files["unet"], dtype=self.net.dtype, device=self.net.device)
+        spec, net = load_unet(
+            spec, files["unet"], dtype=self.net.dtype, device=self.net.device, quantization=self.quantization
+        )
         text = self.text.second()
         if spec.unet.cross_attention_dim != text.width:
             raise WeightsError(
@@ -126,7 +135,13 @@ class SDXLFamily(Family[SDXLSpec]):
                         f"{path} was made for another model: its {name} is {getattr(params, name)}, that of "
                         f"{self.spec.name} {getattr(own, name)}"
                     )
-            net = load_module(lambda: UNetControlNet(params), source, dtype=self.net.dtype, device=self.net.device)
+            net = load_module(
+                lambda: UNetControlNet(params),
+                source,
+                dtype=self.net.dtype,
+                device=self.net.device,
+                treat=treatment("unet_controlnet", self.quantization),
+            )
         return ControlNet(spec, channels_last(net))
 
     def learn(self, found: Inversion) -> None:

@@ -1,0 +1,182 @@
+"""Linears with weights of 8 bits: a scale for each row of the weight and, where activations are of 8 bits as well, for
+each token. Scales come from the numbers at hand, so nothing is calibrated and no token's result depends on another's.
+
+Shapes: M tokens, K in_features, N out_features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TINY = 2.0**-100
+"""Smallest scale: a row of zeros has one, too, and nothing is divided by zero."""
+TRIES = 4
+BLOCK = 2**25
+"""Bytes of float32 that a stored weight is brought back to at a time."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a linear's numbers are kept."""
+
+    name: str
+    dtype: torch.dtype
+    """Of the weight."""
+    limit: float
+    """The largest number there is."""
+    multiplies: bool
+    """Activations are of 8 bits as well; otherwise only memory is saved."""
+    grid: tuple[int, int] = (1, 1)
+    """Of a product on CUDA: least number of tokens; what K and N are multiples of."""
+
+
+INT8 = Scheme("int8", torch.int8, 127.0, True, (17, 8))
+"""torch._int_mm refuses 16 tokens and fewer (aten/src/ATen/native/cuda/Blas.cpp)."""
+FP8 = Scheme("fp8", torch.float8_e4m3fn, 448.0, True, (1, 16))
+INT8_STORAGE = Scheme("int8-storage", torch.int8, 127.0, False)
+FP8_STORAGE = Scheme("fp8-storage", torch.float8_e4m3fn, 448.0, False)
+SCHEMES: Mapping[str, Scheme] = {scheme.name: scheme for scheme in (INT8, FP8, INT8_STORAGE, FP8_STORAGE)}
+
+
+def quantize_rows(x: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """x (M, K) -> values (M, K) in the scheme's dtype, and scale (M,), float32: a row is about values times scale.
+
+    A row that is not finite has a scale that is not either, and so has everything that comes of it.
+    """
+    x = x.float()
+    scale = _largest(x).div_(scheme.limit).clamp_(min=TINY)
+    return _rounded(x / scale, scheme), scale.squeeze(1)
+
+
+def quantize_weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """The same for rows of a weight, with more care, as it is done once.
+
+    What is rounded to e4m3 has the same relative error at every magnitude, so a row's largest number need not become
+    the largest there is: of TRIES scales within an octave each row has that with the smallest squared error.
+    """
+    if not scheme.dtype.is_floating_point:
+        return quantize_rows(weight, scheme)
+    weight = weight.float()
+    least = _largest(weight).div_(scheme.limit).clamp_(min=TINY)
+    best = torch.full_like(least, float("inf"))
+    values, scale = quantize_rows(weight, scheme)
+    for i in range(TRIES):
+        tried = least * 2 ** (i / TRIES)
+        rounded = _rounded(weight / tried, scheme)
+        error = (rounded.float() * tried - weight).square_().sum(dim=1, keepdim=True)
+        better = error < best
+        best = torch.where(better, error, best)
+        scale = torch.where(better, tried, scale[:, None]).squeeze(1)
+        values = torch.where(better, rounded.view(torch.uint8), values.view(torch.uint8)).view(scheme.dtype)
+    return values, scale
+
+
+def _largest(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, float("inf"), dim=1, keepdim=True)
+
+
+def _rounded(x: Tensor, scheme: Scheme) -> Tensor:
+    return (x if scheme.dtype.is_floating_point else x.round_()).to(scheme.dtype)
+
+
+class QuantizedLinear(nn.Module):
+    """nn.Linear with a weight of 8 bits: `weight` (N, K), `weight_scale` (N,) in float32, `bias` (N,) or None."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, scheme: Scheme) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
+        self.weight = _fixed(torch.empty((out_features, in_features), dtype=scheme.dtype))
+        self.weight_scale = _fixed(torch.empty(out_features, dtype=torch.float32))
+        self.bias = _fixed(torch.empty(out_features)) if bias else None
+
+    @classmethod
+    def like(cls, linear: nn.Linear, scheme: Scheme) -> QuantizedLinear:
+        """An empty one of its size, on its device."""
+        with linear.weight.device:
+            return cls(linear.in_features, linear.out_features, bias=linear.bias is not None, scheme=scheme)
+
+    @classmethod
+    def of(cls, linear: nn.Linear, scheme: Scheme) -> QuantizedLinear:
+        """The same linear in 8 bits. Raises ValueError for a weight that is not finite."""
+        made = cls.like(linear, scheme)
+        values, scale = quantize_weight(linear.weight.detach(), scheme)
+        if not scale.isfinite().all():
+            raise ValueError(f"the weight's row {int(scale.isfinite().logical_not().nonzero()[0])} is not finite")
+        made.weight, made.weight_scale = _fixed(values), _fixed(scale)
+        made.bias = None if linear.bias is None else _fixed(linear.bias.detach())
+        return made
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N), in the dtype of x."""
+        tokens = x.reshape(-1, self.in_features)
+        out = self._product(tokens) if self.scheme.multiplies else self._by_blocks(tokens)
+        return out.reshape(*x.shape[:-1], self.out_features)
+
+    def dequantized(self) -> Tensor:
+        """The weight (N, K) in float32."""
+        return self.weight.float() * self.weight_scale[:, None]
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.scheme.name}"
+
+    def _product(self, x: Tensor) -> Tensor:
+        values, scale = quantize_rows(x, self.scheme)
+        if self.scheme is INT8:
+            out = int8_product(values, self.weight).float()
+            out.mul_(scale[:, None]).mul_(self.weight_scale)
+        else:
+            out = fp8_product(values, scale, self.weight, self.weight_scale, x.dtype)
+        if self.bias is not None:
+            out = out.add_(self.bias)
+        return out.to(x.dtype)
+
+    def _by_blocks(self, x: Tensor) -> Tensor:
+        """Weights come back to the dtype of x some rows at a time."""
+        count = max(1, BLOCK // (4 * self.in_features))
+        parts: list[Tensor] = []
+        for start in range(0, self.out_features, count):
+            rows = slice(start, start + count)
+            weight = (self.weight[rows].float() * self.weight_scale[rows, None]).to(x.dtype)
+            parts.append(F.linear(x, weight, None if self.bias is None else self.bias[rows]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def int8_product(a: Tensor, b: Tensor) -> Tensor:
+    """a (M, K) times the transpose of b (N, K), both int8 -> (M, N), int32, exact."""
+    padded_a, padded_b = (on_grid(a, b, INT8.grid)) if a.is_cuda else (a, b)
+    return torch._int_mm(padded_a, padded_b.t())[: len(a), : len(b)]
+
+
+def fp8_product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """a (M, K) times the transpose of b (N, K), both e4m3 with scales for their rows -> (M, N).
+
+    In bfloat16 on CUDA, the only dtype that products with scales for rows have there; elsewhere in `dtype`.
+    """
+    rows, columns = len(a), len(b)
+    if a.is_cuda:
+        dtype = torch.bfloat16
+        a, b = on_grid(a, b, FP8.grid)
+        b_scale = F.pad(b_scale, (0, len(b) - columns))
+    out = torch._scaled_mm(a, b.t(), scale_a=a_scale[:, None], scale_b=b_scale[None], out_dtype=dtype)
+    return out[:rows, :columns]
+
+
+def on_grid(a: Tensor, b: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """a (M, K) and b (N, K) with zeros behind, for a product on CUDA that wants `grid`. As they are if they fit."""
+    least, multiple = grid
+    inner, columns = -a.shape[1] % multiple, -len(b) % multiple
+    rows = max(0, least - len(a))
+    if inner or rows:
+        a = F.pad(a, (0, inner, 0, rows))
+    if inner or columns:
+        b = F.pad(b, (0, inner, 0, columns))
+    return a, b
+
+
+def _fixed(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
