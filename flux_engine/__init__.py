@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from flux_engine.engine import Engine, load
     from flux_engine.predictor import Predictor
     from flux_engine.result import Result
+    from flux_engine.saving import quantize
 
 __version__ = "0.1.0"
 
@@ -56,6 +57,7 @@ __all__ = [
     "WeightsError",
     "__version__",
     "load",
+    "quantize",
 ]
 
 _HEAVY = {
@@ -63,6 +65,7 @@ _HEAVY = {
     "Predictor": "flux_engine.predictor",
     "Result": "flux_engine.result",
     "load": "flux_engine.engine",
+    "quantize": "flux_engine.saving",
 }
 """Names whose modules need torch: imported when first asked for."""
 

@@ -18,7 +18,7 @@ from flux_engine import hardware, hub, images
 from flux_engine.addons import ControlNets, controlnet_specs, find_controlnets, find_redux
 from flux_engine.assemble import find_model
 from flux_engine.config import EngineConfig
-from flux_engine.errors import InvalidRequest, OutOfMemory, OutputError, WeightsError, did_you_mean
+from flux_engine.errors import InvalidRequest, OutOfMemory, OutputError, UnsupportedError, WeightsError, did_you_mean
 from flux_engine.families.base import Family
 from flux_engine.families.flux import FluxFamily
 from flux_engine.families.load import load_family
@@ -27,6 +27,7 @@ from flux_engine.pipeline import OnStep, Pipeline, check_cancelled
 from flux_engine.quantization.policy import schemes_of
 from flux_engine.request import Job, Request
 from flux_engine.result import Result
+from flux_engine.saving import saved_scheme
 from flux_engine.specs import FluxSpec, ModelSpec, SDXLSpec, refined
 from flux_engine.text.inversion import Inversion, read_inversion
 
@@ -67,7 +68,8 @@ def load(
 
     `device` and `dtype` default to the environment (FLUX_ENGINE_DEVICE, FLUX_ENGINE_DTYPE) and then to what the
     machine does best; see EngineConfig. `quantization` is "int8" or "fp8", "fp8-storage" to save memory only, "auto"
-    for what the machine multiplies, or "none", which is the default unless FLUX_ENGINE_QUANTIZATION says otherwise.
+    for what the machine multiplies, or "none", which is the default unless FLUX_ENGINE_QUANTIZATION says otherwise. A
+    model that `quantize` saved is loaded as it was saved.
     `embedding_cache` is the number of encoded prompts to keep. `revision` is a
     branch, tag or commit of the repository, `variant` one of the kinds of files in it, as "fp16"; `offline`, like
     HF_HUB_OFFLINE=1, takes files from the hub's local cache only. `refiner` is an SDXL refiner to load with an SDXL
@@ -85,7 +87,7 @@ def load(
     began = time.perf_counter()
     target = hardware.pick_device(config.device)
     compute = hardware.pick_dtype(config.dtype, target)
-    scheme = hardware.pick_quantization(config.quantization, target)
+    hardware.pick_quantization(config.quantization, target)
     known = hub.manifests(config.weights)
     early = hub.spec_of(_named(model), known)
     if early is not None:  # what cannot be is refused before gigabytes are fetched
@@ -93,6 +95,7 @@ def load(
         _check_redux(redux, early)
     found = find_model(_named(model), config, revision=revision, variant=variant, offline=offline)
     refining = None if refiner is None else find_model(_named(refiner), config, offline=offline, only=["unet"])
+    scheme = _scheme(config.quantization, saved_scheme(found), found.spec.name, target)
     refined(found.spec, refining.spec if refining else None)
     nets = find_controlnets(controlnets, found.spec, config, offline=offline)
     _check_redux(redux, found.spec)
@@ -114,6 +117,17 @@ def load(
     seconds = time.perf_counter() - began
     log.info("loaded %s on %s as %s, quantization %s, in %.2f s", model, target, compute, scheme, seconds)
     return Engine(family, load_seconds=seconds)
+
+
+def _scheme(asked: str, saved: str | None, name: str, device: torch.device) -> str:
+    """What a model is loaded in: what was asked for, or what it is saved in."""
+    if saved is None:
+        return hardware.pick_quantization(asked, device)
+    if asked not in ("none", "auto", saved):
+        raise UnsupportedError(
+            f"{name} is saved in {saved} and cannot be loaded in {asked}: quantize what it was made of, or load it so"
+        )
+    return hardware.pick_quantization(saved, device)
 
 
 def _check_redux(redux: object, spec: ModelSpec) -> None:
@@ -248,6 +262,11 @@ class Engine:
         if not isinstance(folder, str | os.PathLike) or "\0" in str(folder):
             raise OutputError(f"a folder is named by a text or a path, not by {folder!r}")
         family, folder = self._pipeline.family, Path(folder)
+        if family.quantization != "none":
+            raise InvalidRequest(
+                f"the weights are in {family.quantization}, which no other tool reads: export what they were made of, "
+                "loaded with quantization 'none'"
+            )
         if layout not in EXPORTS:
             raise InvalidRequest(f"layout {layout!r} is not one of {', '.join(EXPORTS)}", field="layout")
         if layout == "diffusers":

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from flux_engine.checkpoints.keys import Table, to_ours
+from flux_engine.checkpoints.quantized import Saved
 from flux_engine.checkpoints.source import WeightSource
 from flux_engine.checkpoints.tables import (
     CLIP_TRANSFORMERS,
@@ -150,6 +151,11 @@ NAMES: Mapping[Kind, str] = {
 
 def parts_of(source: WeightSource) -> list[Part]:
     """Every part that is known here, in the order of `SIGNS`."""
+    saved = Saved.of(source)
+    if saved:
+        if saved.kind not in NAMES:
+            raise WeightsError(f"{source.path} holds {saved.kind!r}, a network that is not known here")
+        return [Part(cast("Kind", saved.kind), "flux-engine, 8 bits" if saved.linears else "flux-engine", "")]
     shapes = source.shapes
     foreign = {prefix for tensor in FOREIGN for prefix in _prefixes(shapes, tensor)}
     found: list[Part] = []

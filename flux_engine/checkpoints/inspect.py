@@ -13,6 +13,7 @@ from torch import nn
 
 from flux_engine.checkpoints.detect import NAMES, Kind, Part, parts_of, what_is
 from flux_engine.checkpoints.load import differences
+from flux_engine.checkpoints.quantized import SCALE, Saved
 from flux_engine.checkpoints.source import WeightSource
 from flux_engine.checkpoints.tables import published_clip
 from flux_engine.errors import WeightsError
@@ -151,7 +152,10 @@ def _part(source: WeightSource, part: Part) -> dict[str, Any]:
         "parameters": sum(prod(shape) for shape in shapes.values()),
         "dtypes": dict(Counter(str(r.dtype).removeprefix("torch.") for r in inside.recipes.values()).most_common()),
     }
-    return report | _lacks(inside, WANTED[part.kind])
+    saved = Saved.of(source)
+    report |= {"scheme": saved.scheme, "source": saved.source} if saved else {}
+    scales = {f"{name}{SCALE}": shapes[f"{name}.weight"][:1] for name in saved.linears} if saved else {}
+    return report | _lacks(inside, lambda shapes: {**WANTED[part.kind](shapes), **scales})
 
 
 def _lacks(source: WeightSource, wanted_of: Callable[[Shapes], Shapes]) -> dict[str, Any]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from flux_engine.checkpoints.quantized import SCALE, Saved, quantized_rows
 from flux_engine.checkpoints.source import WeightSource
 from flux_engine.errors import WeightsError
-from flux_engine.quantization.linears import BLOCK, QuantizedLinear, Scheme, quantize_weight
+from flux_engine.quantization.linears import QuantizedLinear, Scheme
 from flux_engine.quantization.policy import Treat, place
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -32,10 +33,13 @@ def load_module(
 
     `make` builds it; nothing is allocated or initialised while it does. `rename` turns the network's name of a
     parameter into the file's. `tied` maps a parameter to the one whose storage it shares and which alone is stored.
-    `treat` says which linears are to be of 8 bits; they are made so some rows at a time.
+    `treat` says which linears are to be of 8 bits; they are made so some rows at a time. A file that was saved so says
+    it itself.
     Raises WeightsError listing every tensor that is missing, left over or of another shape, or for whole numbers, or
     for a weight that is to be of 8 bits and not finite; then nothing was placed.
     """
+    saved = Saved.of(source)
+    treat = saved.treat if saved else treat
     try:
         with torch.device("meta"):
             module = make()
@@ -45,30 +49,22 @@ def load_module(
         raise WeightsError(f"{source.path}: no network can be made as it is described: {error}") from None
     tied = tied or {}
     quantized = {n: layer.scheme for n, layer in module.named_modules() if isinstance(layer, QuantizedLinear)}
-    scales = {f"{name}.weight_scale" for name in quantized}
+    weights, scales = ({name + leaf for name in quantized} for leaf in (".weight", SCALE))
     wanted = {
         name: (rename(name), tuple(tensor.shape))
         for name, tensor in module.state_dict().items()
-        if name not in tied and name not in scales
+        if name not in tied and (saved or name not in scales)
     }
     _compare(source, dict(wanted.values()))
-    for stored, _ in wanted.values():
-        kind = source.recipes[stored].dtype
-        if not kind.is_floating_point:
-            raise WeightsError(
-                f"{source.path}: {source.recipes[stored].stored} holds whole numbers ({kind}), which say nothing "
-                "without the tool that quantised them: use a file in float32, bfloat16, float16 or float8"
-            )
+    plain = {name: stored for name, (stored, _) in wanted.items() if name not in weights | scales}
+    _refuse_whole_numbers(source, plain.values())
     # Where a CPU computes with it, a tensor has memory of its own: a file may be written over while the engine runs,
     # and a product with one row has other last bits where a tensor does not begin evenly in memory.
     own = device.type == "cpu"
-    state: dict[str, Tensor] = {}
-    for name, (stored, _) in wanted.items():
-        layer, _, leaf = name.rpartition(".")
-        if leaf == "weight" and layer in quantized:
-            state[name], state[f"{layer}.weight_scale"] = _quantized(source, stored, quantized[layer], device)
-        else:
-            state[name] = source.rows(stored, dtype=dtype, own=own).to(device)
+    state = {name: source.rows(stored, dtype=dtype, own=own).to(device) for name, stored in plain.items()}
+    for name, scheme in quantized.items():
+        pair = _quantized(source, rename(f"{name}.weight"), scheme, own=own, device=device)
+        state[f"{name}.weight"], state[name + SCALE] = pair
     state |= {name: state[original] for name, original in tied.items()}
     module.load_state_dict(state, strict=True, assign=True)
     for name, original in tied.items():
@@ -77,20 +73,30 @@ def load_module(
     return module.eval().requires_grad_(False)
 
 
-def _quantized(source: WeightSource, name: str, scheme: Scheme, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A matrix in 8 bits, and the scales of its rows. Made from its numbers as they are stored, in float32, and not as
-    the network's other weights are converted: so they do not depend on that."""
-    count, width = source.recipes[name].shape
-    values = torch.empty((count, width), dtype=scheme.dtype, device=device)
-    scale = torch.empty(count, dtype=torch.float32, device=device)
-    step = max(1, BLOCK // (4 * width))
-    for start in range(0, count, step):
-        rows = slice(start, min(start + step, count))
-        part = source.rows(name, rows.start, rows.stop, dtype=torch.float32)
-        values[rows], scale[rows] = quantize_weight(part.to(device), scheme)
-    if not scale.isfinite().all():
-        row = int(scale.isfinite().logical_not().nonzero()[0])
-        raise WeightsError(f"{source.path}: row {row} of {source.recipes[name].stored} is not finite")
+def _refuse_whole_numbers(source: WeightSource, names: Iterable[str]) -> None:
+    for name in names:
+        kind = source.recipes[name].dtype
+        if not kind.is_floating_point:
+            raise WeightsError(
+                f"{source.path}: {source.recipes[name].stored} holds whole numbers ({kind}), which say nothing "
+                "without the tool that quantised them: use a file in float32, bfloat16, float16 or float8"
+            )
+
+
+def _quantized(
+    source: WeightSource, name: str, scheme: Scheme, *, own: bool, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """A matrix in 8 bits and the scales of its rows: as they are saved, or made of what is stored."""
+    scales = name.removesuffix(".weight") + SCALE
+    if scales in source.recipes:
+        return source.rows(name, own=own).to(device), source.rows(scales, own=own).to(device)
+    values = torch.empty(source.recipes[name].shape, dtype=scheme.dtype, device=device)
+    scale = torch.empty(len(values), dtype=torch.float32, device=device)
+
+    def put(row: int, some: Tensor, their: Tensor) -> None:
+        values[row : row + len(some)], scale[row : row + len(some)] = some, their
+
+    quantized_rows(source, name, scheme, put, device)
     return values, scale
 
 

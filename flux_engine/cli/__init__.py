@@ -1,4 +1,4 @@
-"""The command line: `flux-engine generate|models|download|info|inspect|convert|schema`.
+"""The command line: `flux-engine generate|models|download|info|inspect|convert|quantize|schema`.
 
 A request is checked before torch is imported, so a slip of the keyboard answers in a tenth of a second.
 """

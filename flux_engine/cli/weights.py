@@ -1,4 +1,4 @@
-"""`inspect` and `convert`: weight files."""
+"""`inspect`, `convert` and `quantize`: weight files."""
 
 from __future__ import annotations
 
@@ -30,6 +30,18 @@ def add(commands: Any) -> None:
     convert.add_argument("--dtype", help=f"{', '.join(DTYPES[1:])}; else what the transformer is stored in")
     convert.add_argument("--variant", help="of the files in a folder or repository, as fp16")
     convert.set_defaults(run=_convert)
+
+    quantize = commands.add_parser("quantize", help="save a model in 8 bits, as a folder that loads like any other")
+    quantize.add_argument("model", help="a name, a file or folder, or OWNER/NAME on the hub")
+    quantize.add_argument("--scheme", default="int8", help="int8, fp8, or fp8-storage to save memory only")
+    quantize.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="a new one")
+    quantize.add_argument("--variant", help="of the files in a folder or repository, as fp16")
+    quantize.set_defaults(run=_quantize)
+
+
+def _quantize(args: argparse.Namespace) -> None:
+    folder = flux_engine.quantize(args.model, args.output, scheme=args.scheme, variant=args.variant)
+    show(str(folder))
 
 
 def _inspect(args: argparse.Namespace) -> None:
