@@ -14,6 +14,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flux_engine import hub
 from flux_engine.checkpoints.detect import parts_of, pick, what_is
 from flux_engine.checkpoints.folders import choose, is_index, shards_of, weights_in
@@ -105,7 +107,8 @@ def stored_dtype(model: Model) -> str:
     dtypes: Counter[str] = Counter()
     with WeightSource.open(model.parts[parts.network]) as source:
         for recipe in pick(source, parts.weights[parts.network]).recipes.values():
-            dtypes[str(recipe.dtype).removeprefix("torch.")] += prod(recipe.shape)
+            stored = torch.bfloat16 if recipe.scaled else recipe.dtype
+            dtypes[str(stored).removeprefix("torch.")] += prod(recipe.shape)
     return dtypes.most_common(1)[0][0]
 
 

@@ -12,6 +12,7 @@ from typing import Literal, cast
 
 from flux_engine.checkpoints.keys import Table, to_ours
 from flux_engine.checkpoints.quantized import Saved
+from flux_engine.checkpoints.scaled import unscaled
 from flux_engine.checkpoints.source import WeightSource
 from flux_engine.checkpoints.tables import (
     CLIP_TRANSFORMERS,
@@ -43,10 +44,15 @@ class Part:
     prefix: str
     table: Table = ()
     """From its layout to our names; empty where they are the same."""
+    own: bool = False
+    """Saved here (quantized.py): scales beside weights are tensors of the network."""
 
     def of(self, source: WeightSource) -> WeightSource:
         """The part's tensors under our names."""
         inside = source.under(self.prefix)
+        if self.own:
+            return inside
+        inside = unscaled(inside)
         return to_ours(inside, self.table) if self.table else inside
 
 
@@ -155,7 +161,7 @@ def parts_of(source: WeightSource) -> list[Part]:
     if saved:
         if saved.kind not in NAMES:
             raise WeightsError(f"{source.path} holds {saved.kind!r}, a network that is not known here")
-        return [Part(cast("Kind", saved.kind), "flux-engine, 8 bits" if saved.linears else "flux-engine", "")]
+        return [Part(cast("Kind", saved.kind), "flux-engine, 8 bits" if saved.linears else "flux-engine", "", own=True)]
     shapes = source.shapes
     foreign = {prefix for tensor in FOREIGN for prefix in _prefixes(shapes, tensor)}
     found: list[Part] = []

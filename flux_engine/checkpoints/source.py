@@ -7,7 +7,7 @@ the source calls a tensor may lie in several pieces, in several files, under oth
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -32,6 +32,13 @@ class Piece:
     name: str
     start: int
     stop: int
+    scale: Tensor | None = field(default=None, compare=False)
+    """What the stored numbers are multiplied by, in float32: one number, or one for each of the tensor's rows."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As it is stored."""
+        return self.file.tensors[self.name].dtype
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,7 @@ class Recipe:
     pieces: tuple[Piece, ...]
     shape: tuple[int, ...]
     dtype: torch.dtype
+    """As it is stored; of numbers with a scale float32."""
     transposed: bool = False
     """The one piece is a matrix stored the other way round."""
 
@@ -48,6 +56,10 @@ class Recipe:
     def stored(self) -> str:
         """What the file calls it, for messages."""
         return " + ".join(dict.fromkeys(piece.name for piece in self.pieces))
+
+    @property
+    def scaled(self) -> bool:
+        return any(piece.scale is not None for piece in self.pieces)
 
     def rows(self, start: int, stop: int) -> Recipe:
         """The same, of these rows only."""
@@ -152,7 +164,7 @@ class WeightSource:
 
 
 def _whole(recipe: Recipe, dtype: torch.dtype, own: bool) -> Tensor:
-    if len(recipe.pieces) == 1 and dtype == recipe.dtype and not own:
+    if len(recipe.pieces) == 1 and dtype == recipe.dtype and not own and not recipe.scaled:
         (piece,) = recipe.pieces
         stored = piece.file.mapped(piece.name)
         if stored is not None:
@@ -165,17 +177,19 @@ def _whole(recipe: Recipe, dtype: torch.dtype, own: bool) -> Tensor:
     flat = out.view(sum(piece.stop - piece.start for piece in recipe.pieces), -1)
     at = 0
     for piece in recipe.pieces:
-        at = _read(piece, recipe.dtype, flat, at)
+        at = _read(piece, flat, at)
     return out.T.contiguous() if recipe.transposed else out
 
 
-def _read(piece: Piece, stored: torch.dtype, out: Tensor, at: int) -> int:
+def _read(piece: Piece, out: Tensor, at: int) -> int:
     """Into the rows of `out` from `at` on -> where the next piece begins."""
+    stored, scale = piece.dtype, piece.scale
     width = out.shape[1]
     step = max(1, BUFFER // max(1, width * stored.itemsize))
     some = (min(step, piece.stop - piece.start), width)
-    buffer = None if out.dtype == stored else torch.empty(some, dtype=stored)
-    middle = torch.empty(some, dtype=torch.float32) if {stored, out.dtype} == HALVES else None
+    buffer = None if out.dtype == stored and scale is None else torch.empty(some, dtype=stored)
+    by_way = scale is not None or {stored, out.dtype} == HALVES
+    middle = torch.empty(some, dtype=torch.float32) if by_way else None
     for start in range(piece.start, piece.stop, step):
         stop = min(start + step, piece.stop)
         rows = out[at : at + stop - start]
@@ -184,6 +198,9 @@ def _read(piece: Piece, stored: torch.dtype, out: Tensor, at: int) -> int:
         else:
             part = buffer[: stop - start]
             piece.file.read(piece.name, start, stop, part)
-            rows.copy_(part if middle is None else middle[: len(part)].copy_(part))
+            converted = part if middle is None else middle[: len(part)].copy_(part)
+            if scale is not None:
+                converted.mul_(scale if len(scale) == 1 else scale[start:stop, None])
+            rows.copy_(converted)
         at += stop - start
     return at
