@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from benchmarks import memory
+
 LAYERS, WIDTH = 128, 2896
 """2.1 GB in two bytes a number."""
 
@@ -64,3 +66,17 @@ def test_the_program_measures_the_peak(tmp_path: Path) -> None:
         [sys.executable, "-c", program, str(path), "bfloat16"], capture_output=True, text=True, check=True, timeout=120
     )
     assert json.loads(done.stdout)[1] == 64 * 64 * 2
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+def test_quantizing_while_loading(tmp_path: Path, scheme: str) -> None:
+    """Six of FLUX.1's blocks, 2.6 GB: nothing in bfloat16 is held but some rows."""
+    found = memory.loading(tmp_path, scheme, double=2, single=4)
+    assert found["source"] > 2.5e9 and 0.5 < found["bytes"] / found["source"] < 0.55
+    assert found["bytes"] * 0.95 < found["peak"] <= found["allowed"], found
+
+
+def test_quantizing_while_loading_is_measured(tmp_path: Path) -> None:
+    found = memory.loading(tmp_path, "int8", double=0, single=1)
+    assert found["peak"] > 0.9 * found["bytes"] and not list(tmp_path.iterdir())

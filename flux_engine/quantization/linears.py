@@ -16,8 +16,8 @@ from torch import Tensor, nn
 TINY = 2.0**-100
 """Smallest scale: a row of zeros has one, too, and nothing is divided by zero."""
 TRIES = 4
-BLOCK = 2**25
-"""Bytes of float32 that a stored weight is brought back to at a time."""
+BLOCK = 2**22
+"""Bytes of float32 that are worked on at a time where a weight is brought to 8 bits or back."""
 
 
 @dataclass(frozen=True)
