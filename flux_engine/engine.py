@@ -66,12 +66,11 @@ def load(
     `model` is a name that `flux-engine models` lists, a weight file or a folder as diffusers keeps it, or OWNER/NAME of
     a repository on the Hugging Face hub, or OWNER/NAME/FILE. A file may hold the transformer alone.
 
-    `device` and `dtype` default to the environment (FLUX_ENGINE_DEVICE, FLUX_ENGINE_DTYPE) and then to what the
-    machine does best; see EngineConfig. `quantization` is "int8" or "fp8", "fp8-storage" to save memory only, "auto"
-    for what the machine multiplies, or "none", which is the default unless FLUX_ENGINE_QUANTIZATION says otherwise. A
-    model that `quantize` saved is loaded as it was saved.
-    `embedding_cache` is the number of encoded prompts to keep. `revision` is a
-    branch, tag or commit of the repository, `variant` one of the kinds of files in it, as "fp16"; `offline`, like
+    `device` and `dtype` default to the environment (FLUX_ENGINE_DEVICE, FLUX_ENGINE_DTYPE) and then to what the machine
+    does best; see EngineConfig. `quantization` is "int8" or "fp8", "fp8-storage" to save memory only, "auto" for what
+    the machine multiplies, or "none", which is the default unless FLUX_ENGINE_QUANTIZATION says otherwise. A model that
+    `quantize` saved is loaded as it was saved. `embedding_cache` is the number of encoded prompts to keep. `revision`
+    is a branch, tag or commit of the repository, `variant` one of the kinds of files in it, as "fp16"; `offline`, like
     HF_HUB_OFFLINE=1, takes files from the hub's local cache only. `refiner` is an SDXL refiner to load with an SDXL
     model, for requests that say `refine`. `controlnets` are ControlNets for requests that bring `control` pictures:
     kinds ("canny") or names that `flux-engine models --all` lists, or {"canny": a file or repository}. `redux` is the

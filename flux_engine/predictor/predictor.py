@@ -54,6 +54,7 @@ class Predictor:
         refiner: Named | Literal["auto"] | None = "auto",
         device: str | None = None,
         dtype: str | None = None,
+        quantization: str | None = None,
         output_dir: Path | None = None,
         say: Callable[[str], None] = say_line,
     ) -> None:
@@ -78,7 +79,7 @@ class Predictor:
         for name in (self.model, self.refiner):
             if name is not None:
                 hub.refer(os.fspath(name), known)
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.quantization = device, dtype, quantization
         self.output_dir = output_dir
         self.say = say
         self._engine: Engine | None = None
@@ -94,7 +95,7 @@ class Predictor:
         if self._engine is not None:
             return self._engine.spec
         if self._spec is None:
-            config = EngineConfig.from_environment(device=self.device, dtype=self.dtype)
+            config = EngineConfig.from_environment(device=self.device, dtype=self.dtype, quantization=self.quantization)
             known = hub.manifests(config.weights)
             refiner = None if self.refiner is None else _spec_of(self.refiner, known, config, ["unet"])
             spec = refined(_spec_of(self.model, known, config), refiner)
@@ -112,6 +113,7 @@ class Predictor:
                     self.model,
                     device=self.device,
                     dtype=self.dtype,
+                    quantization=self.quantization,
                     refiner=self.refiner,
                     controlnets=self.controlnets,
                     redux=self.redux,
