@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -17,6 +18,51 @@ from flux_engine.quantization.policy import Treat, place
 Module = TypeVar("Module", bound=nn.Module)
 SHOWN = 8
 """How many names of each kind an error lists."""
+
+
+@dataclass(frozen=True)
+class Filling:
+    """How the parameters of a network come from a source; as long as that is open, once more."""
+
+    source: WeightSource
+    stored: Mapping[str, str]
+    """Parameter -> what the source calls it."""
+    schemes: Mapping[str, Scheme]
+    """Linear of 8 bits -> its scheme."""
+    dtype: torch.dtype
+    device: torch.device
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """These parameters; the scales of a linear of 8 bits come with its weight.
+
+        Raises WeightsError for a weight that is to be of 8 bits and not finite, or a file that was changed since.
+        """
+        # Where a CPU computes with it, a tensor has memory of its own: a file may be written over while the engine
+        # runs, and a product with one row has other last bits where a tensor does not begin evenly in memory.
+        own = self.device.type == "cpu"
+        state: dict[str, Tensor] = {}
+        for name in names:
+            linear, _, leaf = name.rpartition(".")
+            if linear not in self.schemes or leaf == "bias":
+                state[name] = self.source.rows(self.stored[name], dtype=self.dtype, own=own).to(self.device)
+            elif leaf == "weight":
+                state[name], state[linear + SCALE] = self._quantized(name, self.schemes[linear], own)
+        return state
+
+    def _quantized(self, name: str, scheme: Scheme, own: bool) -> tuple[Tensor, Tensor]:
+        """A matrix in 8 bits and the scales of its rows: as they are saved, or made of what is stored."""
+        source, stored = self.source, self.stored[name]
+        scales = stored.removesuffix(".weight") + SCALE
+        if scales in source.recipes:
+            return source.rows(stored, own=own).to(self.device), source.rows(scales, own=own).to(self.device)
+        values = torch.empty(source.recipes[stored].shape, dtype=scheme.dtype, device=self.device)
+        scale = torch.empty(len(values), dtype=torch.float32, device=self.device)
+
+        def put(row: int, some: Tensor, their: Tensor) -> None:
+            values[row : row + len(some)], scale[row : row + len(some)] = some, their
+
+        quantized_rows(source, stored, scheme, put, self.device)
+        return values, scale
 
 
 def load_module(
@@ -38,6 +84,28 @@ def load_module(
     Raises WeightsError listing every tensor that is missing, left over or of another shape, or for whole numbers, or
     for a weight that is to be of 8 bits and not finite; then nothing was placed.
     """
+    tied = tied or {}
+    module, filling = prepare(make, source, dtype=dtype, device=device, rename=rename, tied=tied, treat=treat)
+    state = filling.read(filling.stored)
+    state |= {name: state[original] for name, original in tied.items()}
+    module.load_state_dict(state, strict=True, assign=True)
+    for name, original in tied.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(parent), leaf, module.get_parameter(original))
+    return module.eval().requires_grad_(False)
+
+
+def prepare(
+    make: Callable[[], Module],
+    source: WeightSource,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    rename: Callable[[str], str] = lambda name: name,
+    tied: Collection[str] = (),
+    treat: Treat | None = None,
+) -> tuple[Module, Filling]:
+    """The network on the meta device, and how to fill it but for what is `tied`; as `load_module`."""
     saved = Saved.of(source)
     treat = saved.treat if saved else treat
     try:
@@ -47,30 +115,18 @@ def load_module(
                 place(module, treat)
     except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
         raise WeightsError(f"{source.path}: no network can be made as it is described: {error}") from None
-    tied = tied or {}
-    quantized = {n: layer.scheme for n, layer in module.named_modules() if isinstance(layer, QuantizedLinear)}
-    weights, scales = ({name + leaf for name in quantized} for leaf in (".weight", SCALE))
+    schemes = {n: layer.scheme for n, layer in module.named_modules() if isinstance(layer, QuantizedLinear)}
+    scales = {name + SCALE for name in schemes}
     wanted = {
         name: (rename(name), tuple(tensor.shape))
         for name, tensor in module.state_dict().items()
         if name not in tied and (saved or name not in scales)
     }
     _compare(source, dict(wanted.values()))
-    plain = {name: stored for name, (stored, _) in wanted.items() if name not in weights | scales}
-    _refuse_whole_numbers(source, plain.values())
-    # Where a CPU computes with it, a tensor has memory of its own: a file may be written over while the engine runs,
-    # and a product with one row has other last bits where a tensor does not begin evenly in memory.
-    own = device.type == "cpu"
-    state = {name: source.rows(stored, dtype=dtype, own=own).to(device) for name, stored in plain.items()}
-    for name, scheme in quantized.items():
-        pair = _quantized(source, rename(f"{name}.weight"), scheme, own=own, device=device)
-        state[f"{name}.weight"], state[name + SCALE] = pair
-    state |= {name: state[original] for name, original in tied.items()}
-    module.load_state_dict(state, strict=True, assign=True)
-    for name, original in tied.items():
-        parent, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(parent), leaf, module.get_parameter(original))
-    return module.eval().requires_grad_(False)
+    stored = {name: theirs for name, (theirs, _) in wanted.items()}
+    eight = {linear + leaf for linear in schemes for leaf in (".weight", SCALE)}
+    _refuse_whole_numbers(source, (theirs for name, theirs in stored.items() if name not in eight))
+    return module, Filling(source, stored, schemes, dtype, device)
 
 
 def _refuse_whole_numbers(source: WeightSource, names: Iterable[str]) -> None:
@@ -81,23 +137,6 @@ def _refuse_whole_numbers(source: WeightSource, names: Iterable[str]) -> None:
                 f"{source.path}: {source.recipes[name].stored} holds whole numbers ({kind}), which say nothing "
                 "without the tool that quantised them: use a file in float32, bfloat16, float16 or float8"
             )
-
-
-def _quantized(
-    source: WeightSource, name: str, scheme: Scheme, *, own: bool, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """A matrix in 8 bits and the scales of its rows: as they are saved, or made of what is stored."""
-    scales = name.removesuffix(".weight") + SCALE
-    if scales in source.recipes:
-        return source.rows(name, own=own).to(device), source.rows(scales, own=own).to(device)
-    values = torch.empty(source.recipes[name].shape, dtype=scheme.dtype, device=device)
-    scale = torch.empty(len(values), dtype=torch.float32, device=device)
-
-    def put(row: int, some: Tensor, their: Tensor) -> None:
-        values[row : row + len(some)], scale[row : row + len(some)] = some, their
-
-    quantized_rows(source, name, scheme, put, device)
-    return values, scale
 
 
 def differences(source: WeightSource, wanted: Mapping[str, Sequence[int]]) -> dict[str, list[str]]:
