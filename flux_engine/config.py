@@ -10,6 +10,7 @@ from pathlib import Path
 from flux_engine.errors import UnsupportedError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+MEMORY = ("auto", "resident", "evict")
 QUANTIZATIONS = ("auto", "none", "int8", "fp8", "fp8-storage")
 
 
@@ -29,6 +30,9 @@ class EngineConfig:
     """"int8" and "fp8" multiply in 8 bits, with a scale for each row of a weight and each token; "fp8-storage" only
     keeps weights so. "auto" takes what the device multiplies: fp8 from compute capability 8.9 on, int8 below it and on
     processors with VNNI, and "none" elsewhere."""
+    memory: str = "auto"
+    """"resident" keeps all weights on the device; "evict" takes away what is read once for a prompt, a quarter of
+    FLUX.1, and reads it from the file again for the next one. "auto" keeps them, so far."""
     embedding_cache: int = 64
     """How many encoded prompts are kept; 0 keeps none."""
     weights: Path | None = None
@@ -42,6 +46,8 @@ class EngineConfig:
             raise UnsupportedError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.quantization not in QUANTIZATIONS:
             raise UnsupportedError(f"quantization {self.quantization!r} is not one of {', '.join(QUANTIZATIONS)}")
+        if self.memory not in MEMORY:
+            raise UnsupportedError(f"memory {self.memory!r} is not one of {', '.join(MEMORY)}")
         if not isinstance(self.embedding_cache, int):
             raise UnsupportedError(f"embedding_cache {self.embedding_cache!r} is not a whole number")
         if self.embedding_cache < 0:
@@ -54,6 +60,7 @@ class EngineConfig:
         device: str | None = None,
         dtype: str | None = None,
         quantization: str | None = None,
+        memory: str = "auto",
         embedding_cache: int = 64,
         environment: Mapping[str, str] = os.environ,
     ) -> EngineConfig:
@@ -63,6 +70,7 @@ class EngineConfig:
             device=device or environment.get("FLUX_ENGINE_DEVICE", "auto"),
             dtype=dtype or environment.get("FLUX_ENGINE_DTYPE", "auto"),
             quantization=quantization or environment.get("FLUX_ENGINE_QUANTIZATION", "none"),
+            memory=memory,
             embedding_cache=embedding_cache,
             weights=Path(weights) if weights else None,
             cache=_cache(environment),

@@ -53,6 +53,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     quantization: str | None = None,
+    memory: str = "auto",
     embedding_cache: int = 64,
     revision: str | None = None,
     variant: str | None = None,
@@ -69,18 +70,20 @@ def load(
     `device` and `dtype` default to the environment (FLUX_ENGINE_DEVICE, FLUX_ENGINE_DTYPE) and then to what the machine
     does best; see EngineConfig. `quantization` is "int8" or "fp8", "fp8-storage" to save memory only, "auto" for what
     the machine multiplies, or "none", which is the default unless FLUX_ENGINE_QUANTIZATION says otherwise. A model that
-    `quantize` saved is loaded as it was saved. `embedding_cache` is the number of encoded prompts to keep. `revision`
-    is a branch, tag or commit of the repository, `variant` one of the kinds of files in it, as "fp16"; `offline`, like
-    HF_HUB_OFFLINE=1, takes files from the hub's local cache only. `refiner` is an SDXL refiner to load with an SDXL
-    model, for requests that say `refine`. `controlnets` are ControlNets for requests that bring `control` pictures:
-    kinds ("canny") or names that `flux-engine models --all` lists, or {"canny": a file or repository}. `redux` is the
-    adapter for FLUX.1 that reads pictures as prompts.
+    `quantize` saved is loaded as it was saved. `memory` "evict" keeps weights that are read once for a prompt in the
+    file meanwhile. `embedding_cache` is the number of encoded prompts to keep. `revision` is a branch, tag or commit of
+    the repository, `variant` one of the kinds of files in it, as "fp16"; `offline`, like HF_HUB_OFFLINE=1, takes files
+    from the hub's local cache only. `refiner` is an SDXL refiner to load with an SDXL model, for requests that say
+    `refine`. `controlnets` are ControlNets for requests that bring `control` pictures: kinds ("canny") or names that
+    `flux-engine models --all` lists, or {"canny": a file or repository}. `redux` is the adapter for FLUX.1 that reads
+    pictures as prompts.
     Raises UnknownModel, WeightsError, UnsupportedError or OutOfMemory; nothing stays loaded then.
     """
     config = EngineConfig.from_environment(
         device=None if device is None else str(device),
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         quantization=quantization,
+        memory=memory,
         embedding_cache=embedding_cache,
     )
     began = time.perf_counter()
@@ -106,6 +109,7 @@ def load(
             dtype=compute,
             device=target,
             quantization=scheme,
+            evict=config.memory == "evict",
             embedding_cache=config.embedding_cache,
         )
         if refining and isinstance(family, SDXLFamily) and isinstance(refining.spec, SDXLSpec):
@@ -237,6 +241,7 @@ class Engine:
             "device": str(family.net.device),
             "hardware": hardware.describe(family.net.device),
             "quantization": family.quantization,
+            "evicted_bytes": family.evicted(),
             "parts": {
                 name: {
                     "dtype": str(next(net.parameters()).dtype).removeprefix("torch."),
@@ -269,13 +274,15 @@ class Engine:
         if layout not in EXPORTS:
             raise InvalidRequest(f"layout {layout!r} is not one of {', '.join(EXPORTS)}", field="layout")
         if layout == "diffusers":
-            return family.export(folder)
+            with family.whole():
+                return family.export(folder)
         if layout != family.publishers_layout:
             raise InvalidRequest(
                 f"{self.spec.name} has no layout {layout!r}: say 'diffusers' or {family.publishers_layout!r}",
                 field="layout",
             )
-        return family.export_as_published(folder)
+        with family.whole():
+            return family.export_as_published(folder)
 
     def __repr__(self) -> str:
         net = self._pipeline.family.net

@@ -45,6 +45,7 @@ LEVELS = {
     "saving": 3.3,
     "addons": 3.25,
     "schedulers": 3,
+    "memory": 3.1,
     "text": 3.1,
     "families": 4,
     "conditions": 4.1,

@@ -85,6 +85,10 @@ class SafetensorsFile:
             os.close(self._fd)
             self._fd = -1
 
+    def __del__(self) -> None:
+        if hasattr(self, "_fd"):
+            self.close()
+
     def read(self, name: str, start: int, stop: int, out: Tensor) -> None:
         """Read rows of a tensor into `out`, which is contiguous, on the CPU, of the stored dtype and of their shape."""
         stored = self.tensors[name]

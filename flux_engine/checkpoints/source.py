@@ -6,7 +6,8 @@ the source calls a tensor may lie in several pieces, in several files, under oth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -117,6 +118,10 @@ class WeightSource:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Mapped tensors stay valid."""
         for file in self.files:
             file.close()
 
@@ -161,6 +166,20 @@ class WeightSource:
         if (start, stop) != (0, count):
             recipe = recipe.rows(start, stop)
         return _whole(recipe, dtype or recipe.dtype, own)
+
+
+@contextmanager
+def opened(path: Path, *, keep: bool = False) -> Iterator[WeightSource]:
+    """As `WeightSource.open`, closed at the end; or with `keep` only after an error, and when nothing needs it any
+    more."""
+    source = WeightSource.open(path)
+    try:
+        yield source
+    except BaseException:
+        source.close()
+        raise
+    if not keep:
+        source.close()
 
 
 def _whole(recipe: Recipe, dtype: torch.dtype, own: bool) -> Tensor:

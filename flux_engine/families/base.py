@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,7 @@ from flux_engine.checkpoints.load import load_module
 from flux_engine.checkpoints.source import WeightSource
 from flux_engine.errors import InvalidRequest
 from flux_engine.hardware import has_bf16
+from flux_engine.memory import Precompute
 from flux_engine.models.layers import Residuals, scaled
 from flux_engine.models.vae import AutoEncoder
 from flux_engine.request import Job
@@ -55,6 +57,7 @@ class ControlNet:
 
     spec: ControlNetSpec
     net: Any
+    precompute: Precompute
 
     @property
     def kinds(self) -> Collection[str]:
@@ -246,6 +249,22 @@ class Family(ABC, Generic[Spec]):
     controlnets: tuple[ControlNet, ...]
     quantization: str
     """The scheme that was asked for."""
+    precompute: Precompute | None
+    """Of its network, which may be put together without."""
+    evict: bool
+    """Whether what only `precompute` reads leaves the device after each new prompt."""
+
+    def evicted(self) -> int:
+        """Bytes that are not on the device between prompts."""
+        every = (self.precompute, *(one.precompute for one in self.controlnets))
+        return sum(made.shelf.bytes for made in every if made and made.shelf)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """While it lasts, all weights of the network are there."""
+        shelf = self.precompute and self.precompute.shelf
+        with shelf or nullcontext():
+            yield
 
     publishers_layout: ClassVar[str]
     """What the layout of the publisher's own files is called."""

@@ -19,8 +19,7 @@ from torch.nn.functional import pixel_unshuffle
 from flux_engine.checkpoints import export
 from flux_engine.checkpoints.detect import pick
 from flux_engine.checkpoints.export import Exported
-from flux_engine.checkpoints.load import load_module
-from flux_engine.checkpoints.source import WeightSource
+from flux_engine.checkpoints.source import opened
 from flux_engine.errors import WeightsError
 from flux_engine.families.base import (
     Condition,
@@ -36,6 +35,7 @@ from flux_engine.families.base import (
     load_vae,
     notes_of_cuts,
 )
+from flux_engine.memory import Precompute, load_network
 from flux_engine.models.flux import Flux, FluxStatics, patchify, unpatchify
 from flux_engine.models.flux_controlnet import FluxControlNet
 from flux_engine.models.vae import AutoEncoder
@@ -69,6 +69,8 @@ class FluxFamily(Family[FluxSpec]):
     controlnets: tuple[ControlNet, ...] = ()
     redux: Redux | None = None
     quantization: str = "none"
+    precompute: Precompute | None = None
+    evict: bool = False
 
     @classmethod
     def load(
@@ -79,10 +81,11 @@ class FluxFamily(Family[FluxSpec]):
         dtype: torch.dtype,
         device: torch.device,
         quantization: str = "none",
+        evict: bool = False,
         embedding_cache: int,
     ) -> FluxFamily:
         """The transformer's widths and depths come from its checkpoint."""
-        with WeightSource.open(files["transformer"]) as file:
+        with opened(files["transformer"], keep=evict) as file:
             source = pick(file, "flux")
             params = FluxParams.from_shapes(source.shapes)
             if params.guidance_embed != (spec.guidance_scale is not None):
@@ -91,7 +94,9 @@ class FluxFamily(Family[FluxSpec]):
                     f"which does not fit {spec.name}"
                 )
             treat = treatment("flux", quantization)
-            net = load_module(lambda: Flux(params), source, dtype=dtype, device=device, treat=treat)
+            net, precompute = load_network(
+                lambda: Flux(params), source, dtype=dtype, device=device, treat=treat, evict=evict
+            )
         text = FluxTextEncoder.load(
             files,
             max_sequence_length=spec.max_sequence_length,
@@ -101,10 +106,11 @@ class FluxFamily(Family[FluxSpec]):
             cache_size=embedding_cache,
         )
         vae = load_vae(spec, files["vae"], dtype=dtype, device=device)
-        return cls(replace(spec, transformer=params), net, vae, text, quantization=quantization)
+        spec = replace(spec, transformer=params)
+        return cls(spec, net, vae, text, quantization=quantization, precompute=precompute, evict=evict)
 
     def load_controlnet(self, spec: ControlNetSpec, path: Path) -> ControlNet:
-        with WeightSource.open(path) as file:
+        with opened(path, keep=self.evict) as file:
             source = pick(file, "flux_controlnet")
             params = FluxControlNetParams.from_shapes(source.shapes)
             own = self.net.params
@@ -114,12 +120,13 @@ class FluxFamily(Family[FluxSpec]):
                         f"{path} was made for another model: its {name} is {getattr(params, name)}, that of "
                         f"{self.spec.name} {getattr(own, name)}"
                     )
-            net = load_module(
+            net, precompute = load_network(
                 lambda: FluxControlNet(params),
                 source,
                 dtype=self.net.dtype,
                 device=self.net.device,
                 treat=treatment("flux_controlnet", self.quantization),
+                evict=self.evict,
             )
         if params.num_modes:
             kinds = {kind: UNION_MODES.get(kind) if mode is None else mode for kind, mode in spec.kinds.items()}
@@ -129,7 +136,7 @@ class FluxFamily(Family[FluxSpec]):
                         f"{path} tells {params.num_modes} kinds of control apart, and {kind!r} is none of them"
                     )
             spec = replace(spec, kinds=kinds)
-        return ControlNet(spec, net)
+        return ControlNet(spec, net, precompute)
 
     def with_redux(self, files: Mapping[str, Path]) -> FluxFamily:
         """The same with an adapter that reads pictures as prompts. Raises WeightsError for one that does not fit."""
@@ -230,10 +237,8 @@ class FluxFamily(Family[FluxSpec]):
             behind = image_ids(rows, columns).to(ids.device)
             behind[:, 0] = 1
             ids = torch.cat((ids, behind))
-        each = [
-            self.net.precompute(tokens, pooled, ids, times, guidance)
-            for tokens, pooled in zip(encoded.text.tokens.split(1), encoded.text.pooled.split(1), strict=True)
-        ]
+        precompute = self.precompute or Precompute(self.net)
+        each = precompute([(tokens, pooled, ids, times, guidance) for tokens, pooled in encoded.text.each()])
         return FluxStatics.cat([each[row] for row in encoded.rows])
 
     def guides(self, job: Job, encoded: Encoded, stage: Stage) -> list[Guide]:
@@ -244,10 +249,8 @@ class FluxFamily(Family[FluxSpec]):
             told = guidance if net.params.guidance_embed else None
             if net.params.guidance_embed and told is None:  # a ControlNet for dev beside a model that takes none
                 told = torch.tensor([FLUX_DEV.guidance_scale], device=ids.device)
-            each = [
-                net.precompute(tokens, pooled, ids, times, told, hint.mode)
-                for tokens, pooled in zip(encoded.text.tokens.split(1), encoded.text.pooled.split(1), strict=True)
-            ]
+            rows = [(tokens, pooled, ids, times, told, hint.mode) for tokens, pooled in encoded.text.each()]
+            each = hint.controlnet.precompute(rows)
             statics = type(each[0]).cat([each[row] for row in encoded.rows])
             calls = calls_between(hint.start, hint.end, len(stage.schedule.timesteps))
             guides.append(Guide(hint, statics, calls, partial(net.residuals, base=self.net.params)))

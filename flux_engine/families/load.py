@@ -19,6 +19,7 @@ def load_family(
     dtype: torch.dtype,
     device: torch.device,
     quantization: str = "none",
+    evict: bool = False,
     embedding_cache: int,
 ) -> FluxFamily | SDXLFamily:
     """Read every part from its file.
@@ -27,5 +28,11 @@ def load_family(
     """
     family = {FluxSpec: FluxFamily, SDXLSpec: SDXLFamily}[type(spec)]
     return family.load(
-        spec, files, dtype=dtype, device=device, quantization=quantization, embedding_cache=embedding_cache
+        spec,
+        files,
+        dtype=dtype,
+        device=device,
+        quantization=quantization,
+        evict=evict,
+        embedding_cache=embedding_cache,
     )

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from flux_engine.checkpoints import export
 from flux_engine.checkpoints.detect import pick
 from flux_engine.checkpoints.export import Exported
-from flux_engine.checkpoints.load import load_module
-from flux_engine.checkpoints.source import WeightSource
+from flux_engine.checkpoints.source import opened
 from flux_engine.errors import WeightsError
 from flux_engine.families.base import (
     Condition,
@@ -35,6 +34,7 @@ from flux_engine.families.base import (
     load_vae,
     notes_of_cuts,
 )
+from flux_engine.memory import Precompute, load_network
 from flux_engine.models.unet import UNet, UNetStatics
 from flux_engine.models.unet_controlnet import UNetControlNet
 from flux_engine.models.vae import AutoEncoder
@@ -49,12 +49,12 @@ from flux_engine.text.sdxl import SDXLTextEncoder
 
 
 def load_unet(
-    spec: SDXLSpec, file: Path, *, dtype: torch.dtype, device: torch.device, quantization: str
-) -> tuple[SDXLSpec, UNet]:
+    spec: SDXLSpec, file: Path, *, dtype: torch.dtype, device: torch.device, quantization: str, evict: bool
+) -> tuple[SDXLSpec, UNet, Precompute]:
     """A UNet, and the spec with its widths and depths, which come from the checkpoint; a head's width and the number of
     groups, which no shape tells, from the spec."""
-    with WeightSource.open(file) as opened:
-        source = pick(opened, "unet")
+    with opened(file, keep=evict) as whole:
+        source = pick(whole, "unet")
         found = UNetParams.from_shapes(source.shapes)
         params = replace(found, head_dim=spec.unet.head_dim, norm_groups=spec.unet.norm_groups)
         if params.guidance_embed != (spec.guidance_embedded and spec.guidance_scale is not None):
@@ -63,8 +63,10 @@ def load_unet(
                 f"{spec.name}"
             )
         treat = treatment("unet", quantization)
-        net = load_module(lambda: UNet(params), source, dtype=dtype, device=device, treat=treat)
-    return replace(spec, unet=params), channels_last(net)
+        net, precompute = load_network(
+            lambda: UNet(params), source, dtype=dtype, device=device, treat=treat, evict=evict
+        )
+    return replace(spec, unet=params), channels_last(net), precompute
 
 
 AESTHETIC_SCORES = (2.5, 6.0)
@@ -84,6 +86,8 @@ class SDXLFamily(Family[SDXLSpec]):
     refiner: SDXLFamily | None = None
     controlnets: tuple[ControlNet, ...] = ()
     quantization: str = "none"
+    precompute: Precompute | None = None
+    evict: bool = False
 
     @classmethod
     def load(
@@ -94,20 +98,28 @@ class SDXLFamily(Family[SDXLSpec]):
         dtype: torch.dtype,
         device: torch.device,
         quantization: str = "none",
+        evict: bool = False,
         embedding_cache: int,
     ) -> SDXLFamily:
-        spec, net = load_unet(spec, files["unet"], dtype=dtype, device=device, quantization=quantization)
+        spec, net, precompute = load_unet(
+            spec, files["unet"], dtype=dtype, device=device, quantization=quantization, evict=evict
+        )
         text = SDXLTextEncoder.load(files, dtype=dtype, device=device, cache_size=embedding_cache)
         vae = load_vae(spec, files["vae"], dtype=dtype, device=device)
-        return cls(spec, net, vae, text, quantization=quantization)
+        return cls(spec, net, vae, text, quantization=quantization, precompute=precompute, evict=evict)
 
     def with_refiner(self, spec: SDXLSpec, files: Mapping[str, Path]) -> SDXLFamily:
         """The same with a refiner's UNet beside it, which shares the autoencoder and the second text encoder.
 
         Raises WeightsError if it reads another text encoder's states.
         """
-        spec, net = load_unet(
-            spec, files["unet"], dtype=self.net.dtype, device=self.net.device, quantization=self.quantization
+        spec, net, precompute = load_unet(
+            spec,
+            files["unet"],
+            dtype=self.net.dtype,
+            device=self.net.device,
+            quantization=self.quantization,
+            evict=self.evict,
         )
         text = self.text.second()
         if spec.unet.cross_attention_dim != text.width:
@@ -115,14 +127,14 @@ class SDXLFamily(Family[SDXLSpec]):
                 f"{files['unet']} reads text {spec.unet.cross_attention_dim} wide; the second text encoder of "
                 f"{self.spec.name} is {text.width} wide"
             )
-        return self.refined_by(SDXLFamily(spec, net, self.vae, text))
+        return self.refined_by(SDXLFamily(spec, net, self.vae, text, precompute=precompute))
 
     def refined_by(self, refiner: SDXLFamily) -> SDXLFamily:
         """The same with a refiner that is put together already."""
         return replace(self, spec=replace(self.spec, refiner=refiner.spec), refiner=refiner)
 
     def load_controlnet(self, spec: ControlNetSpec, path: Path) -> ControlNet:
-        with WeightSource.open(path) as file:
+        with opened(path, keep=self.evict) as file:
             source = pick(file, "unet_controlnet")
             found = UNetControlNetParams.from_shapes(source.shapes)
             own = self.net.params
@@ -135,14 +147,15 @@ class SDXLFamily(Family[SDXLSpec]):
                         f"{path} was made for another model: its {name} is {getattr(params, name)}, that of "
                         f"{self.spec.name} {getattr(own, name)}"
                     )
-            net = load_module(
+            net, precompute = load_network(
                 lambda: UNetControlNet(params),
                 source,
                 dtype=self.net.dtype,
                 device=self.net.device,
                 treat=treatment("unet_controlnet", self.quantization),
+                evict=self.evict,
             )
-        return ControlNet(spec, channels_last(net))
+        return ControlNet(spec, channels_last(net), precompute)
 
     def learn(self, found: Inversion) -> None:
         """Read learned tokens, the refiner too. Raises WeightsError if they do not fit; then nothing changed."""
@@ -266,36 +279,36 @@ class SDXLFamily(Family[SDXLSpec]):
         return encode_each_once(job, read, list(job.prompts), negative, notes)
 
     def statics(self, job: Job, encoded: Encoded, stage: Stage) -> UNetStatics:
-        return self._precomputed(self.net, job, encoded, stage)
+        return self._precomputed(self.precompute or Precompute(self.net), job, encoded, stage)
 
     def guides(self, job: Job, encoded: Encoded, stage: Stage) -> list[Guide]:
         count = len(stage.schedule.timesteps)
         return [
             Guide(
                 hint,
-                self._precomputed(hint.controlnet.net, job, encoded, stage),
+                self._precomputed(hint.controlnet.precompute, job, encoded, stage),
                 calls_between(hint.start, hint.end, count),
             )
             for hint in stage.condition.hints
         ]
 
-    def _precomputed(self, net: UNet | UNetControlNet, job: Job, encoded: Encoded, stage: Stage) -> UNetStatics:
+    def _precomputed(self, precompute: Precompute, job: Job, encoded: Encoded, stage: Stage) -> UNetStatics:
         assert job.told is not None
-        device = net.device
+        device = self.net.device
         times = torch.tensor(stage.schedule.timesteps, dtype=torch.float32, device=device)
-        embedded = net is self.net and job.guidance_scale is not None
+        embedded = precompute.net is self.net and job.guidance_scale is not None
         guidance = torch.tensor([job.guidance_scale], device=device) if embedded else None
         told = [*job.told.original_size, *job.told.crop_top_left]
         ends = ([score] for score in AESTHETIC_SCORES) if self.spec.aesthetic_score else [job.told.target_size] * 2
         negative, positive = (torch.tensor([[*told, *end]], dtype=torch.float32, device=device) for end in ends)
         negatives = len(encoded.rows) - len(job.prompts)
-        made: dict[tuple[int, bool], UNetStatics] = {}
+        text = list(encoded.text.each())
         rows = [(row, number < negatives) for number, row in enumerate(encoded.rows)]
-        for row, is_negative in dict.fromkeys(rows):
-            tokens, pooled = encoded.text.tokens[row : row + 1], encoded.text.pooled[row : row + 1]
-            ids = negative if is_negative else positive
-            made[row, is_negative] = net.precompute(tokens, pooled, ids, times, guidance)
-        return UNetStatics.cat([made[row] for row in rows])
+        each = list(dict.fromkeys(rows))
+        made = precompute(
+            [(*text[row], negative if is_negative else positive, times, guidance) for row, is_negative in each]
+        )
+        return UNetStatics.cat([made[each.index(row)] for row in rows])
 
 
 def as_left(walk: Walk | None) -> Walk:

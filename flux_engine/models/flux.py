@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -230,6 +230,12 @@ class LastLayer(nn.Module):
 
 class FluxTrunk(nn.Module):
     """What the transformer and its ControlNets have in common: the embeddings and the blocks."""
+
+    precomputed: ClassVar[str] = (
+        r"(txt_in|time_in|vector_in|guidance_in|controlnet_mode_embedder)\..*"
+        r"|.*_blocks\.\d+\.(img_mod|txt_mod|modulation)\..*|final_layer\.adaLN_modulation\..*"
+    )
+    """Parameters that only `precompute` reads, as a regular expression: 3.3 of FLUX.1's 11.9 billion numbers."""
 
     def __init__(self, params: FluxTrunkParams) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -278,6 +278,9 @@ class UNetEncoder(nn.Module):
     `depths` are transformer blocks in each attention of a resolution and `mid_depth` those of the middle, None where
     there is no attention.
     """
+
+    precomputed: ClassVar[str] = r"(time|add)_embedding\..*|.*\.time_emb_proj\..*|.*\.attn2\.to_kv\..*"
+    """Parameters that only `precompute` reads, as a regular expression."""
 
     def __init__(
         self, params: UNetEncoderParams, depths: Sequence[int | None], mid_depth: int | None, *, guidance: bool = False

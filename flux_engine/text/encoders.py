@@ -45,6 +45,10 @@ class TextCond:
     pooled: Tensor
     """(B, P): CLIP's pooled output, or its projection."""
 
+    def each(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Tokens and pooled vector of every row, each as a batch of one."""
+        return zip(self.tokens.split(1), self.pooled.split(1), strict=True)
+
     @staticmethod
     def cat(parts: Sequence[TextCond]) -> TextCond:
         return TextCond(torch.cat([p.tokens for p in parts]), torch.cat([p.pooled for p in parts]))
