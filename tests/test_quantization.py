@@ -156,10 +156,18 @@ def test_rows_of_a_weight_have_the_best_of_several_scales() -> None:
     assert ((scale >= largest) & (scale < 2 * largest)).all()
 
 
+@pytest.mark.parametrize("scheme", [INT8, FP8], ids=lambda scheme: scheme.name)
+def test_many_tokens_are_multiplied_in_turn(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantized, x = QuantizedLinear.of(some_linear(64, 48), scheme), some_tokens(2, 50, 64)
+    whole = quantized(x)
+    monkeypatch.setattr(linears, "WORK", 4 * 64 * 30)
+    assert (quantized(x) - whole).abs().max() <= (0 if scheme is INT8 else 1e-6)
+
+
 def test_a_large_weight_comes_back_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     quantized, x = QuantizedLinear.of(some_linear(64, 47), INT8_STORAGE), some_tokens(20, 64)
     whole = quantized(x)
-    monkeypatch.setattr(linears, "BLOCK", 4 * 64 * 10)
+    monkeypatch.setattr(linears, "WORK", 4 * 64 * 10)
     assert torch.allclose(quantized(x), whole, atol=1e-6)
 
 

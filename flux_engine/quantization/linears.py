@@ -16,8 +16,10 @@ from torch import Tensor, nn
 TINY = 2.0**-100
 """Smallest scale: a row of zeros has one, too, and nothing is divided by zero."""
 TRIES = 4
+WORK = 2**26
+"""Bytes of float32 that are worked on at a time where tokens are multiplied, or a weight comes back from 8 bits."""
 BLOCK = 2**22
-"""Bytes of float32 that are worked on at a time where a weight is brought to 8 bits or back."""
+"""The same where a weight is brought to 8 bits: freed pieces that are larger stay with the process."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,16 @@ class QuantizedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.scheme.name}"
 
     def _product(self, x: Tensor) -> Tensor:
+        """Some tokens at a time, as all that is wider than 8 bits is larger than what it is made of."""
+        count = max(INT8.grid[0], WORK // (4 * max(self.in_features, self.out_features)))
+        if len(x) <= count:
+            return self._product_of(x)
+        out = x.new_empty(len(x), self.out_features)
+        for start in range(0, len(x), count):
+            out[start : start + count] = self._product_of(x[start : start + count])
+        return out
+
+    def _product_of(self, x: Tensor) -> Tensor:
         values, scale = quantize_rows(x, self.scheme)
         if self.scheme is INT8:
             out = int8_product(values, self.weight).float()
@@ -137,7 +149,7 @@ class QuantizedLinear(nn.Module):
 
     def _by_blocks(self, x: Tensor) -> Tensor:
         """Weights come back to the dtype of x some rows at a time."""
-        count = max(1, BLOCK // (4 * self.in_features))
+        count = max(1, WORK // (4 * self.in_features))
         parts: list[Tensor] = []
         for start in range(0, self.out_features, count):
             rows = slice(start, start + count)
