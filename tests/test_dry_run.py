@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,10 @@ from benchmarks.dry_run import CUDA, Card, DryRunError, dry_run, placed, request
 from flux_engine.models.flux import Flux
 from flux_engine.quantization.linears import INT8, QuantizedLinear
 from flux_engine.request import Request
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("c++") is None and shutil.which("g++") is None, reason="a dry run needs a C++ compiler"
+)
 
 
 def run(model: str, dtype: torch.dtype = torch.bfloat16, quantization: str = "none", **fields: Any) -> Card:
