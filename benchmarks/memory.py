@@ -79,11 +79,11 @@ def measure(path: Path, scheme: str) -> dict[str, float]:
     return found
 
 
-def loading(folder: Path, scheme: str, *, double: int, single: int) -> dict[str, Any]:
+def loading(folder: Path, scheme: str, params: FluxParams) -> dict[str, Any]:
     """Write a checkpoint, load it, delete it."""
     path = folder / "flux.safetensors"
     try:
-        size = write_random(path, FluxParams(depth=double, depth_single_blocks=single))
+        size = write_random(path, params)
         found = measure(path, scheme)
     finally:
         path.unlink(missing_ok=True)
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where there is room for the file; else the system's temporary one")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        found = loading(Path(folder), args.scheme, double=args.double, single=args.single)
+        found = loading(Path(folder), args.scheme, FluxParams(depth=args.double, depth_single_blocks=args.single))
     sys.stdout.write(
         f"source {found['source'] / 1e6:,.0f} MB, network {found['bytes'] / 1e6:,.0f} MB, "
         f"peak {found['peak'] / 1e6:,.0f} MB over {found['before'] / 1e6:,.0f} MB: "

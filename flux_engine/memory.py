@@ -1,7 +1,7 @@
 """Weights that are only there while they are read.
 
 What a network's `precompute` reads, and nothing else does (modulation, the text's keys and values, the embeddings of
-time and size), is a quarter of FLUX.1 and a sixth of SDXL. It is read once for a new prompt.
+time and size), is over a quarter of FLUX.1 and a seventh of SDXL's UNet. It is read once for a new prompt.
 """
 
 from __future__ import annotations

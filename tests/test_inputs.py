@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import latent_error
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
@@ -589,7 +590,7 @@ def test_64_outputs_from_one_picture(engine: Engine) -> None:
     asked: dict[str, Any] = {"image": scene().resize((32, 32)), "num_inference_steps": 2, "strength": 0.5}
     many = run(engine, num_outputs=64, **asked)
     assert len(many) == 64
-    assert torch.equal(many[-1:], run(engine, seed=66, **asked))
+    assert latent_error(many[-1:], run(engine, seed=66, **asked)) <= 1e-5
 
 
 def test_latents_with_a_mask_keep_what_is_kept(engine: Engine) -> None:

@@ -308,7 +308,7 @@ def test_a_batch_is_its_singles(dtype: torch.dtype, scheduler: str) -> None:
     asked: dict[str, Any] = {"scheduler": scheduler, "num_inference_steps": 3}
     batch = run(engine, num_outputs=3, seed=10, **asked)
     singles = torch.cat([run(engine, seed=10 + k, **asked) for k in range(3)])
-    assert torch.equal(batch, singles)
+    assert latent_error(batch, singles) <= (1e-5 if dtype == torch.float32 else 0)
 
 
 @pytest.mark.parametrize(("scheduler", "calls"), [("K_EULER", 4), ("HeunDiscrete", 7), ("PNDM", 5)])

@@ -171,8 +171,8 @@ def test_the_refiner_keeps_what_the_mask_keeps(engine: Engine, mode: str) -> Non
 
 @pytest.mark.parametrize("scheduler", ["K_EULER", "K_EULER_ANCESTRAL"])
 @pytest.mark.parametrize("asked", [{"strength": 0.6}, {"mask": hole()}], ids=["img2img", "inpaint"])
-def test_a_batch_has_the_bits_of_single_requests(engine: Engine, asked: dict[str, Any], scheduler: str) -> None:
+def test_a_batch_is_its_singles(engine: Engine, asked: dict[str, Any], scheduler: str) -> None:
     said: dict[str, Any] = {"image": picture(), "scheduler": scheduler} | asked
     batch = run(engine, num_outputs=3, **said)
     singles = torch.cat([run(engine, **(said | {"seed": 3 + k})) for k in range(3)])
-    assert torch.equal(batch, singles)
+    assert latent_error(batch, singles) <= 1e-5
