@@ -78,7 +78,7 @@ def treatment(kind: str, quantization: str) -> Treat | None:
     if quantization == "none":
         return None
     asked = SCHEMES[quantization]
-    # Where activations stay as they are, int8 has a third of the errors of e4m3. And transformers casts what T5's `wo`
+    # Where activations stay as they are, int8 is the nearer to float32. And transformers casts what T5's `wo`
     # reads to the dtype of its weight, unless that is int8, and so would round it to e4m3.
     stored = FP8_STORAGE if asked is FP8_STORAGE and kind != "t5" else INT8_STORAGE
     schemes = {"asked": asked, "int8": INT8 if asked is INT8 else stored, "stored": stored, "kept": None}
