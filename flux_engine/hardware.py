@@ -2,14 +2,101 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
 import torch
 
 from flux_engine.errors import UnsupportedError
 
-BF16_CAPABILITY = (8, 0)
+Capability = tuple[int, int]
+BF16_CAPABILITY: Capability = (8, 0)
 """First compute capability that multiplies bf16. torch reports emulated bf16 as supported on older cards."""
-FP8_CAPABILITY = (8, 9)
-INT8_CAPABILITY = (7, 5)
+FP8_CAPABILITY: Capability = (8, 9)
+INT8_CAPABILITY: Capability = (7, 5)
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a plan has to know of a device."""
+
+    name: str
+    memory: int
+    """Bytes that a process gets."""
+    capability: Capability | None
+    """None for a processor."""
+    link: float
+    """Bytes a second from host memory."""
+    bf16: bool
+
+    def runs(self, scheme: str) -> bool:
+        """Whether it multiplies what a scheme keeps; a processor does, fast or not."""
+        return self.capability is None or self.capability >= LEAST.get(scheme, (0, 0))
+
+    @property
+    def best(self) -> str:
+        """The scheme that is fastest there."""
+        if self.capability is None:
+            return "int8" if has_vnni() else "none"
+        return next((scheme for scheme in ("fp8", "int8") if self.runs(scheme)), "none")
+
+
+LEAST: Mapping[str, Capability] = MappingProxyType({"fp8": FP8_CAPABILITY, "int8": INT8_CAPABILITY})
+"""Scheme -> the first compute capability that multiplies it."""
+PCI3, PCI4, PCI5 = 12e9, 24e9, 48e9
+CARDS: Mapping[str, Card] = MappingProxyType(
+    {
+        name: Card(name, int(memory * 1e9), capability, link, capability >= BF16_CAPABILITY)
+        for name, memory, capability, link in (
+            ("T4", 15.8, (7, 5), PCI3),
+            ("A10", 23.6, (8, 6), PCI4),
+            ("L4", 23.6, (8, 9), PCI4),
+            ("RTX 4090", 25.3, (8, 9), PCI4),
+            ("A100 40 GB", 42.3, (8, 0), PCI4),
+            ("A40", 47.5, (8, 6), PCI4),
+            ("L40S", 47.5, (8, 9), PCI4),
+            ("A100 80 GB", 84.9, (8, 0), PCI4),
+            ("H100", 84.9, (9, 0), PCI5),
+            ("H200", 150.0, (9, 0), PCI5),
+        )
+    }
+)
+"""From the least memory on; the memory is what torch reports as a card's total, rounded down."""
+
+
+def card_of(device: torch.device) -> Card:
+    """A device that is here, with the memory that is free now."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        capability = torch.cuda.get_device_capability(device)
+        return Card(torch.cuda.get_device_name(device), free, capability, PCI4, has_bf16(device))
+    return processor(free_memory())
+
+
+def processor(memory: int) -> Card:
+    """This machine's, as if so many bytes of memory were free."""
+    return Card("CPU", memory, None, float("inf"), has_bf16(torch.device("cpu")))
+
+
+def free_memory() -> int:
+    """Bytes of host memory that this process may still take: what is free, or what its container leaves."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    lines = _read("/proc/meminfo").splitlines()
+    found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    limit, used = (_read(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
+    if limit.isdecimal() and used.isdecimal():
+        found.append(int(limit) - int(used))
+    return max(0, min(found))
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="ascii")
+    except OSError:
+        return ""
 
 
 def pick_device(name: str) -> torch.device:
@@ -60,16 +147,14 @@ def pick_quantization(name: str, device: torch.device) -> str:
     Raises UnsupportedError for one that it does not.
     """
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    card = Card("", 0, capability, 0.0, bf16=False)
     if name == "auto":
-        if capability is None:
-            return "int8" if has_vnni() else "none"
-        return "fp8" if capability >= FP8_CAPABILITY else "int8" if capability >= INT8_CAPABILITY else "none"
-    least = {"fp8": FP8_CAPABILITY, "int8": INT8_CAPABILITY}.get(name)
-    if capability is not None and least is not None and capability < least:
-        other = "int8" if name == "fp8" and capability >= INT8_CAPABILITY else "fp8-storage"
+        return card.best
+    if capability is not None and not card.runs(name):
+        other = "int8" if name == "fp8" and card.runs("int8") else "fp8-storage"
         raise UnsupportedError(
             f"quantization {name!r} asked for, but {torch.cuda.get_device_name(device)} has compute capability "
-            f"{capability[0]}.{capability[1]} and multiplies it from {least[0]}.{least[1]} on; use {other!r}"
+            f"{capability[0]}.{capability[1]} and multiplies it from {LEAST[name][0]}.{LEAST[name][1]} on; use {other!r}"
         )
     return name
 

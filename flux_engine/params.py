@@ -328,3 +328,27 @@ def _shape(shapes: Shapes, key: str) -> Sequence[int]:
 def count_of(shapes: Shapes, prefix: str) -> int:
     """Number of blocks whose keys start with `prefix` and a number."""
     return len({key[len(prefix) :].split(".")[0] for key in shapes if key.startswith(prefix)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipParams:
+    """Widths and depth of a CLIP text encoder. The defaults are CLIP-L's."""
+
+    hidden_size: int = 768
+    layers: int = 12
+    mlp: int = 3072
+    vocabulary: int = 49408
+    positions: int = 77
+    projection: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class T5Params:
+    """Widths and depth of a T5 encoder of version 1.1. The defaults are those of XXL."""
+
+    d_model: int = 4096
+    layers: int = 24
+    heads: int = 64
+    d_kv: int = 64
+    d_ff: int = 10240
+    vocabulary: int = 32128

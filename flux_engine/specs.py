@@ -12,7 +12,15 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 from flux_engine.errors import InvalidRequest
-from flux_engine.params import DiffusionSchedule, FlowSchedule, FluxParams, UNetParams, VAEParams
+from flux_engine.params import (
+    ClipParams,
+    DiffusionSchedule,
+    FlowSchedule,
+    FluxParams,
+    T5Params,
+    UNetParams,
+    VAEParams,
+)
 from flux_engine.sizes import SizeTable
 
 Reads = Literal["nothing", "fill", "structure", "reference"]
@@ -42,6 +50,8 @@ class ModelSpec:
     family: ClassVar[str]
     name: str
     vae: VAEParams
+    encoders: tuple[ClipParams | T5Params, ...]
+    """The text encoders."""
     sizes: SizeTable
     num_inference_steps: int
     """Default number of denoising steps."""
@@ -150,6 +160,7 @@ FLUX_SCHNELL = FluxSpec(
     name="flux-schnell",
     transformer=FluxParams(),
     vae=VAEParams(),
+    encoders=(ClipParams(), T5Params()),
     schedule=FlowSchedule(shifted=False),
     sizes=SizeTable(),
     max_sequence_length=256,
@@ -209,6 +220,10 @@ DEMO_DEV = replace(
         guidance_embed=True,
     ),
     vae=VAEParams(channels=16, channel_multipliers=(1, 2, 4, 4), norm_groups=8),
+    encoders=(
+        ClipParams(hidden_size=64, layers=3, mlp=256),
+        T5Params(d_model=64, layers=3, heads=4, d_kv=16, d_ff=128, vocabulary=286),
+    ),
     sizes=SizeTable(divisor=4, min_side=32, max_side=512, max_pixels=512 * 512),
     max_sequence_length=40,
 )
@@ -234,6 +249,7 @@ SDXL = SDXLSpec(
     name="sdxl",
     unet=UNetParams(),
     vae=VAEParams(latent_channels=4, scaling_factor=0.13025, shift_factor=0.0, quant_conv=True, force_upcast=True),
+    encoders=(ClipParams(), ClipParams(hidden_size=1280, layers=32, mlp=5120, projection=True)),
     schedule=DiffusionSchedule(),
     sizes=SizeTable(multiple=8, classes=("1",), follow_limit=2048),
     num_inference_steps=50,
@@ -243,6 +259,7 @@ SDXL = SDXLSpec(
 SDXL_REFINER = replace(
     SDXL,
     name="sdxl-refiner",
+    encoders=SDXL.encoders[1:],
     unet=UNetParams(
         block_out_channels=(384, 768, 1536, 1536),
         transformer_depth=(0, 4, 4, 0),
@@ -299,6 +316,7 @@ DEMO_SDXL = replace(
     vae=VAEParams(
         latent_channels=4, channels=16, norm_groups=8, scaling_factor=0.24, shift_factor=0.0, quant_conv=True
     ),
+    encoders=(DEMO_DEV.encoders[0], ClipParams(hidden_size=32, layers=3, mlp=128, projection=True)),
     schedule=DiffusionSchedule(prediction_type="v_prediction"),
     sizes=replace(DEMO_DEV.sizes, multiple=8, classes=("1",), follow_limit=2048),
     zero_negative=False,

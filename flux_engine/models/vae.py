@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flux_engine.attention import attention
+from flux_engine.models import vae_rows
 from flux_engine.models.layers import NormSiLU
 from flux_engine.params import VAEParams
 
@@ -173,21 +174,26 @@ class AutoEncoder(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.decoder.conv_in.weight.dtype
 
-    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Posterior mean and log variance before scaling, each (B, C, h, w). x (B, 3, 8 h, 8 w) in [-1, 1]."""
-        out = self.encoder(x.to(self.dtype))
+    def moments(self, x: Tensor, *, by_rows: bool = False) -> tuple[Tensor, Tensor]:
+        """Posterior mean and log variance before scaling, each (B, C, h, w). x (B, 3, 8 h, 8 w) in [-1, 1]. `by_rows`
+        takes half the memory and longer; the result is the same to rounding."""
+        x = x.to(self.dtype)
+        out = vae_rows.encode(self.encoder, x) if by_rows else self.encoder(x)
         if self.params.quant_conv:
             out = self.quant_conv(out)
         mean, logvar = out.chunk(2, dim=1)
         return mean, logvar
 
-    def encode(self, x: Tensor) -> Tensor:
+    def encode(self, x: Tensor, *, by_rows: bool = False) -> Tensor:
         """Pictures (B, 3, 8 h, 8 w) in [-1, 1] -> scaled latents (B, C, h, w), the posterior's mean."""
-        mean, _ = self.moments(x)
+        mean, _ = self.moments(x, by_rows=by_rows)
         return self.params.scaling_factor * (mean - self.params.shift_factor)
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Scaled latents (B, C, h, w) -> pictures (B, 3, 8 h, 8 w), about [-1, 1] (not clamped)."""
+    def decode(self, z: Tensor, *, by_rows: bool = False) -> Tensor:
+        """Scaled latents (B, C, h, w) -> pictures (B, 3, 8 h, 8 w), about [-1, 1] (not clamped). `by_rows` takes half
+        the memory and longer; the result is the same to rounding."""
         z = z / self.params.scaling_factor + self.params.shift_factor
         z = z.to(self.dtype)
-        return self.decoder(self.post_quant_conv(z) if self.params.quant_conv else z)
+        if self.params.quant_conv:
+            z = self.post_quant_conv(z)
+        return vae_rows.decode(self.decoder, z) if by_rows else self.decoder(z)
