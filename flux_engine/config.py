@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ from flux_engine.errors import UnsupportedError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MEMORY = ("auto", "resident", "evict")
-QUANTIZATIONS = ("auto", "none", "int8", "fp8", "fp8-storage")
+QUANTIZATIONS = ("auto", "none", "int8", "fp8", "fp8-storage", "both")
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +21,7 @@ class EngineConfig:
     """Choices made once, when a model is loaded.
 
     Environment variables give the defaults: FLUX_ENGINE_DEVICE, FLUX_ENGINE_DTYPE, FLUX_ENGINE_QUANTIZATION,
-    FLUX_ENGINE_WEIGHTS, FLUX_ENGINE_CACHE.
+    FLUX_ENGINE_MEMORY, FLUX_ENGINE_WEIGHTS, FLUX_ENGINE_CACHE.
     """
 
     device: str = "auto"
@@ -29,10 +31,12 @@ class EngineConfig:
     quantization: str = "none"
     """"int8" and "fp8" multiply in 8 bits, with a scale for each row of a weight and each token; "fp8-storage" only
     keeps weights so. "auto" takes what the device multiplies: fp8 from compute capability 8.9 on, int8 below it and on
-    processors with VNNI, and "none" elsewhere."""
-    memory: str = "auto"
-    """"resident" keeps all weights on the device; "evict" takes away what is read once for a prompt, a quarter of
-    FLUX.1, and reads it from the file again for the next one. "auto" keeps them, so far."""
+    processors with VNNI, and "none" elsewhere. "both" is that and full precision beside it, where the plan has room,
+    for requests that say `go_fast`."""
+    memory: str | int = "auto"
+    """"auto" keeps on the device what there is room for, by a plan (plan.py); the rest waits on the host or in its file
+    until it is needed. A number of bytes, or "12GB", is the room that the plan has. "resident" keeps all weights on the
+    device, "evict" all but what is read once for a prompt, a quarter of FLUX.1."""
     embedding_cache: int = 64
     """How many encoded prompts are kept; 0 keeps none."""
     weights: Path | None = None
@@ -47,11 +51,22 @@ class EngineConfig:
         if self.quantization not in QUANTIZATIONS:
             raise UnsupportedError(f"quantization {self.quantization!r} is not one of {', '.join(QUANTIZATIONS)}")
         if self.memory not in MEMORY:
-            raise UnsupportedError(f"memory {self.memory!r} is not one of {', '.join(MEMORY)}")
+            self.bytes_of_memory()
         if not isinstance(self.embedding_cache, int):
             raise UnsupportedError(f"embedding_cache {self.embedding_cache!r} is not a whole number")
         if self.embedding_cache < 0:
             raise UnsupportedError(f"embedding_cache {self.embedding_cache} is below 0")
+
+    def bytes_of_memory(self) -> int | None:
+        """The room that is given, None for none. Raises UnsupportedError for what is neither that nor a choice."""
+        if self.memory in MEMORY:
+            return None
+        try:
+            return parse_bytes(self.memory)
+        except ValueError:
+            raise UnsupportedError(
+                f"memory {self.memory!r} is not one of {', '.join(MEMORY)}, and no size as '12GB'"
+            ) from None
 
     @classmethod
     def from_environment(
@@ -60,7 +75,7 @@ class EngineConfig:
         device: str | None = None,
         dtype: str | None = None,
         quantization: str | None = None,
-        memory: str = "auto",
+        memory: str | int | None = None,
         embedding_cache: int = 64,
         environment: Mapping[str, str] = os.environ,
     ) -> EngineConfig:
@@ -70,11 +85,24 @@ class EngineConfig:
             device=device or environment.get("FLUX_ENGINE_DEVICE", "auto"),
             dtype=dtype or environment.get("FLUX_ENGINE_DTYPE", "auto"),
             quantization=quantization or environment.get("FLUX_ENGINE_QUANTIZATION", "none"),
-            memory=memory,
+            memory=environment.get("FLUX_ENGINE_MEMORY", "auto") if memory is None else memory,
             embedding_cache=embedding_cache,
             weights=Path(weights) if weights else None,
             cache=_cache(environment),
         )
+
+
+def parse_bytes(said: str | int) -> int:
+    """ "12GB" or "11.5 GiB" -> bytes. Raises ValueError for what is no positive size."""
+    if isinstance(said, int) and not isinstance(said, bool) and said > 0:
+        return said
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", said) if isinstance(said, str) else None
+    if found is None or found[2].upper() not in UNITS:
+        raise ValueError(said)
+    size = int(float(found[1]) * UNITS[found[2].upper()])
+    if size <= 0:
+        raise ValueError(said)
+    return size
 
 
 def _cache(environment: Mapping[str, str]) -> Path:

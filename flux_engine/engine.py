@@ -21,9 +21,10 @@ from flux_engine.config import EngineConfig
 from flux_engine.errors import InvalidRequest, OutOfMemory, OutputError, UnsupportedError, WeightsError, did_you_mean
 from flux_engine.families.base import Family
 from flux_engine.families.flux import FluxFamily
-from flux_engine.families.load import load_family
+from flux_engine.families.load import load_family, sized
 from flux_engine.families.sdxl import SDXLFamily
 from flux_engine.pipeline import OnStep, Pipeline, check_cancelled
+from flux_engine.placing import decide
 from flux_engine.quantization.policy import schemes_of
 from flux_engine.request import Job, Request
 from flux_engine.result import Result
@@ -53,7 +54,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     quantization: str | None = None,
-    memory: str = "auto",
+    memory: str | int | None = None,
     embedding_cache: int = 64,
     revision: str | None = None,
     variant: str | None = None,
@@ -70,14 +71,16 @@ def load(
     `device` and `dtype` default to the environment (FLUX_ENGINE_DEVICE, FLUX_ENGINE_DTYPE) and then to what the machine
     does best; see EngineConfig. `quantization` is "int8" or "fp8", "fp8-storage" to save memory only, "auto" for what
     the machine multiplies, or "none", which is the default unless FLUX_ENGINE_QUANTIZATION says otherwise. A model that
-    `quantize` saved is loaded as it was saved. `memory` "evict" keeps weights that are read once for a prompt in the
-    file meanwhile. `embedding_cache` is the number of encoded prompts to keep. `revision` is a branch, tag or commit of
-    the repository, `variant` one of the kinds of files in it, as "fp16"; `offline`, like HF_HUB_OFFLINE=1, takes files
-    from the hub's local cache only. `refiner` is an SDXL refiner to load with an SDXL model, for requests that say
-    `refine`. `controlnets` are ControlNets for requests that bring `control` pictures: kinds ("canny") or names that
-    `flux-engine models --all` lists, or {"canny": a file or repository}. `redux` is the adapter for FLUX.1 that reads
-    pictures as prompts.
-    Raises UnknownModel, WeightsError, UnsupportedError or OutOfMemory; nothing stays loaded then.
+    `quantize` saved is loaded as it was saved; "both" loads 8 bits and full precision, for requests that say `go_fast`.
+    `memory` is how much the model and its work may take, as "12GB": what has no room leaves while others are needed.
+    "auto" is what is free, "resident" lets nothing leave, "evict" what is read once for a prompt. `embedding_cache` is
+    the number of encoded prompts to keep. `revision` is a branch, tag or commit of the repository, `variant` one of the
+    kinds of files in it, as "fp16"; `offline`, like HF_HUB_OFFLINE=1, takes files from the hub's local cache only.
+    `refiner` is an SDXL refiner to load with an SDXL model, for requests that say `refine`. `controlnets` are
+    ControlNets for requests that bring `control` pictures: kinds ("canny") or names that `flux-engine models --all`
+    lists, or {"canny": a file or repository}. `redux` is the adapter for FLUX.1 that reads pictures as prompts.
+    Raises UnknownModel, WeightsError, UnsupportedError or OutOfMemory, which is told before any weight is read if
+    nothing fits; nothing stays loaded then.
     """
     config = EngineConfig.from_environment(
         device=None if device is None else str(device),
@@ -97,40 +100,38 @@ def load(
         _check_redux(redux, early)
     found = find_model(_named(model), config, revision=revision, variant=variant, offline=offline)
     refining = None if refiner is None else find_model(_named(refiner), config, offline=offline, only=["unet"])
-    scheme = _scheme(config.quantization, saved_scheme(found), found.spec.name, target)
+    saved = saved_scheme(found)
+    _check_saved(config.quantization, saved, found.spec.name, target)
     refined(found.spec, refining.spec if refining else None)
     nets = find_controlnets(controlnets, found.spec, config, offline=offline)
     _check_redux(redux, found.spec)
     adapter = None if redux is None else find_redux(redux, config, offline=offline)
+    spec = sized(found.spec, found.parts)
+    beside = [*(path for _, path in nets), *([refining.parts["unet"]] if refining else [])]
+    beside += [adapter[name] for name in ("adapter", "image_encoder")] if adapter else []
+    placing = decide(spec, config, target, compute, saved=saved, beside=beside)
     with _memory_errors(f"loading {model}"):
-        family = load_family(
-            found.spec,
-            found.parts,
-            dtype=compute,
-            device=target,
-            quantization=scheme,
-            evict=config.memory == "evict",
-            embedding_cache=config.embedding_cache,
-        )
+        family = load_family(spec, found.parts, placing.place, embedding_cache=config.embedding_cache)
         if refining and isinstance(family, SDXLFamily) and isinstance(refining.spec, SDXLSpec):
             family = family.with_refiner(refining.spec, refining.parts)
         family = family.with_controlnets(nets)
         if adapter is not None and isinstance(family, FluxFamily):
             family = family.with_redux(adapter)
+        slow = family.in_full_precision(found.parts) if len(placing.schemes) > 1 else None
     seconds = time.perf_counter() - began
-    log.info("loaded %s on %s as %s, quantization %s, in %.2f s", model, target, compute, scheme, seconds)
-    return Engine(family, load_seconds=seconds)
+    schemes = " and ".join(placing.schemes)
+    log.info("loaded %s on %s as %s, quantization %s, in %.2f s", model, target, compute, schemes, seconds)
+    return Engine(family, slow=slow, load_seconds=seconds)
 
 
-def _scheme(asked: str, saved: str | None, name: str, device: torch.device) -> str:
-    """What a model is loaded in: what was asked for, or what it is saved in."""
-    if saved is None:
-        return hardware.pick_quantization(asked, device)
-    if asked not in ("none", "auto", saved):
+def _check_saved(asked: str, saved: str | None, name: str, device: torch.device) -> None:
+    """Raises UnsupportedError for a model that is saved in another scheme than was asked for, or that the device cannot
+    run."""
+    if saved is not None and asked not in ("none", "auto", saved):
         raise UnsupportedError(
             f"{name} is saved in {saved} and cannot be loaded in {asked}: quantize what it was made of, or load it so"
         )
-    return hardware.pick_quantization(saved, device)
+    hardware.pick_quantization(saved or asked, device)
 
 
 def _check_redux(redux: object, spec: ModelSpec) -> None:
@@ -149,8 +150,10 @@ class Engine:
     A request that fails or is cancelled leaves the engine as it was.
     """
 
-    def __init__(self, family: Family[Any], *, load_seconds: float = 0.0) -> None:
+    def __init__(self, family: Family[Any], *, slow: Family[Any] | None = None, load_seconds: float = 0.0) -> None:
+        """`slow` is the same model in full precision, for requests that ask for it."""
         self._pipeline = Pipeline(family)
+        self._slow = None if slow is None else Pipeline(slow)
         self._lock = threading.Lock()
         self._owner: int | None = None
         self.load_seconds = load_seconds
@@ -193,14 +196,16 @@ class Engine:
         if not isinstance(request, Request):
             raise InvalidRequest(f"run takes a Request, not a {type(request).__name__}: call the engine with a prompt")
         job = request.resolve(self.spec)
+        pipeline = self._slow if job.go_fast is False and self._slow else self._pipeline
         with self._turn(cancel), _memory_errors(f"{job.width}x{job.height}"):
-            output = self._pipeline.run(job, on_step=on_step, cancel=cancel)
+            output = pipeline.run(job, on_step=on_step, cancel=cancel)
         return Result(
             images=[_convert(picture, job) for picture in output.pictures],
             job=job,
             timings=output.timings,
-            notes=(*job.notes, *output.notes),
+            notes=(*job.notes, *_otherwise(job, pipeline.family.quantization), *output.notes),
             controls=output.maps,
+            quantization=pipeline.family.quantization,
         )
 
     def load_textual_inversion(self, path: str | os.PathLike[str]) -> Inversion:
@@ -235,13 +240,17 @@ class Engine:
         """What is in force: model, device, dtype, number of weights, and what the linears of a network that has some of
         8 bits are kept in."""
         family = self._pipeline.family
+        plan, networks = family.residents.plan, family.networks()
+        if self._slow:
+            networks["full precision"] = self._slow.family.net
         learned = {"textual_inversion": dict(family.text.words)} if getattr(family.text, "learned", ()) else {}
         return learned | {
             "model": self.spec.name,
             "device": str(family.net.device),
             "hardware": hardware.describe(family.net.device),
-            "quantization": family.quantization,
-            "evicted_bytes": family.evicted(),
+            "quantization": "both" if self._slow else family.quantization,
+            "evicted_bytes": family.residents.away(),
+            "plan": plan.describe() if plan else None,
             "parts": {
                 name: {
                     "dtype": str(next(net.parameters()).dtype).removeprefix("torch."),
@@ -249,7 +258,7 @@ class Engine:
                     "bytes": sum(p.nbytes for p in net.parameters()),
                 }
                 | schemes_of(net)
-                for name, net in family.networks().items()
+                for name, net in networks.items()
             },
             "attention": "torch.scaled_dot_product_attention",
             "load_seconds": round(self.load_seconds, 3),
@@ -273,16 +282,13 @@ class Engine:
             )
         if layout not in EXPORTS:
             raise InvalidRequest(f"layout {layout!r} is not one of {', '.join(EXPORTS)}", field="layout")
-        if layout == "diffusers":
-            with family.whole():
-                return family.export(folder)
-        if layout != family.publishers_layout:
+        if layout not in ("diffusers", family.publishers_layout):
             raise InvalidRequest(
                 f"{self.spec.name} has no layout {layout!r}: say 'diffusers' or {family.publishers_layout!r}",
                 field="layout",
             )
-        with family.whole():
-            return family.export_as_published(folder)
+        with self._turn(None), family.residents.all():
+            return family.export(folder) if layout == "diffusers" else family.export_as_published(folder)
 
     def __repr__(self) -> str:
         net = self._pipeline.family.net
@@ -307,6 +313,15 @@ class Engine:
         finally:
             self._owner = None
             self._lock.release()
+
+
+def _otherwise(job: Job, scheme: str) -> list[str]:
+    """What is to be said where the precision that was asked for is not there."""
+    if job.go_fast is None or job.go_fast == (scheme != "none"):
+        return []
+    there = "full precision" if scheme == "none" else scheme
+    wanted = "8 bits are" if job.go_fast else "full precision is"
+    return [f"go_fast {job.go_fast}: {wanted} not loaded, {job.spec.name} ran in {there}"]
 
 
 def _convert(picture: torch.Tensor, job: Job) -> Any:

@@ -77,7 +77,7 @@ def card_of(device: torch.device) -> Card:
 
 
 def processor(memory: int) -> Card:
-    """This machine's, as if so many bytes of memory were free."""
+    """The one of this machine, as if so many bytes of memory were free."""
     return Card("CPU", memory, None, float("inf"), has_bf16(torch.device("cpu")))
 
 
@@ -142,19 +142,23 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def pick_quantization(name: str, device: torch.device) -> str:
-    """The scheme that is in force: the one asked for, or for "auto" what the device multiplies.
+    """The scheme that is in force: the one asked for, or for "auto" what the device multiplies; for "both" the one of
+    8 bits.
 
     Raises UnsupportedError for one that it does not.
     """
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     card = Card("", 0, capability, 0.0, bf16=False)
+    if name == "both":
+        return "int8" if card.best == "none" else card.best
     if name == "auto":
         return card.best
     if capability is not None and not card.runs(name):
         other = "int8" if name == "fp8" and card.runs("int8") else "fp8-storage"
         raise UnsupportedError(
             f"quantization {name!r} asked for, but {torch.cuda.get_device_name(device)} has compute capability "
-            f"{capability[0]}.{capability[1]} and multiplies it from {LEAST[name][0]}.{LEAST[name][1]} on; use {other!r}"
+            f"{capability[0]}.{capability[1]} and multiplies it from {LEAST[name][0]}.{LEAST[name][1]} on; "
+            f"use {other!r}"
         )
     return name
 

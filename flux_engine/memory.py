@@ -1,88 +1,296 @@
-"""Weights that are only there while they are read.
+"""Weights that are only there while they are needed.
 
-What a network's `precompute` reads, and nothing else does (modulation, the text's keys and values, the embeddings of
-time and size), is over a quarter of FLUX.1 and a seventh of SDXL's UNet. It is read once for a new prompt.
+`plan.py` says in advance what leaves; here it comes and goes. A part that leaves is a `Shelf`, or several; `Residents`
+knows which are there, and is told what is needed next: `with residents.use("network"): ...`.
 """
 
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from flux_engine.checkpoints.load import Filling, load_module, prepare
+from flux_engine.checkpoints.load import Filling, fill, prepare
 from flux_engine.checkpoints.source import WeightSource
+from flux_engine.errors import OutOfMemory
+from flux_engine.footprint import BY_ROWS, KEPT, REMEMBERED
+from flux_engine.plan import PARTS, Plan, Room, TooLarge, Where, said
 from flux_engine.quantization.policy import Treat
+from flux_engine.staging import Staging
 
 Module = TypeVar("Module", bound=nn.Module)
-KEPT = 4
-"""How many results are remembered, each for one prompt and schedule: with them a new seed brings nothing back."""
+CPU = torch.device("cpu")
 
 
 class Shelf:
-    """Some parameters of a network: on the device inside `with`, and nowhere outside of it."""
+    """Some parameters of a network that leave the device together."""
 
-    def __init__(self, net: nn.Module, filling: Filling, names: Sequence[str]) -> None:
-        """The source of `filling` stays open: from it they come, each time with the same bits."""
-        self.net, self.filling, self.names = net, filling, names
+    def __init__(
+        self, net: nn.Module, filling: Filling, names: Sequence[str], *, where: Where, channels_last: bool = False
+    ) -> None:
+        """Away at first. The source of `filling` stays open: from it they come, each time with the same bits, unless
+        the host keeps a copy."""
+        self.net, self.filling, self.names, self.channels_last = net, filling, names, channels_last
+        self._place({name: torch.empty_like(net.get_parameter(name), dtype=filling.kind(name)) for name in names})
+        self._copy: dict[str, Tensor] | None = None
+        if where == "host":
+            self._copy = {}
+            for name in self._stored:  # one at a time, as the device has no room for all
+                self._copy |= {each: tensor.cpu() for each, tensor in self._read([name]).items()}
 
     @property
     def bytes(self) -> int:
         return sum(self.net.get_parameter(name).nbytes for name in self.names)
 
-    def __enter__(self) -> None:
-        """Raises WeightsError if the file was changed since; then they are as they were."""
-        self._place(self.filling.read(name for name in self.names if name in self.filling.stored))
+    @property
+    def away(self) -> bool:
+        return self.net.get_parameter(self.names[0]).is_meta
 
-    def __exit__(self, *_: object) -> None:
+    def bring(self, staging: Staging) -> None:
+        """Raises WeightsError if the file was changed since; then they are away as they were."""
+        self._place(self._read(self._stored) if self._copy is None else staging.bring(self._copy))
+
+    def leave(self) -> None:
         self._place({name: self.net.get_parameter(name).to("meta") for name in self.names})
 
-    def _place(self, tensors: dict[str, Tensor]) -> None:
+    @property
+    def _stored(self) -> list[str]:
+        return [name for name in self.names if name in self.filling.stored]
+
+    def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        tensors = self.filling.read(names)
+        if self.channels_last:
+            return {
+                name: tensor.to(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+                for name, tensor in tensors.items()
+            }
+        return tensors
+
+    def _place(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             parent, _, leaf = name.rpartition(".")
             setattr(self.net.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
 
 
-def load_network(
+class Residents:
+    """The parts of a model that come and go, and which of them are on the device. Used by one request at a time."""
+
+    def __init__(self, plan: Plan | None = None, *, evict: bool = False, strict: bool = False) -> None:
+        """Without a plan everything stays; but with `evict`, modulation leaves as soon as it was used. What does not
+        fit whatever leaves is refused if the plan has anything leave, or is to be `strict`; else the device says so
+        itself, as what is foretold is rather too much."""
+        self.plan, self.evict = plan, evict
+        self._strict = strict or bool(plan and plan.leaves)
+        self._room = plan.room() if plan else Room(None)
+        self._shelves: dict[str, list[Shelf]] = {}
+        self._work: Mapping[str, int] = {}
+        self._held: Counter[str] = Counter()
+        self._coming: dict[str, Future[None]] = {}
+        self._staging: Staging | None = None
+        self._pool: ThreadPoolExecutor | None = None
+
+    def where(self, part: str) -> Where | None:
+        """Where a part is while it is not needed; None for one that stays."""
+        if self.evict and part.startswith("modulation"):
+            return "file"
+        return self.plan.leaves.get(part) if self.plan else None
+
+    def add(self, part: str, shelf: Shelf) -> None:
+        """A part has one for each network that is in it."""
+        self._shelves.setdefault(part, []).append(shelf)
+        self._room.sizes[part] = sum(each.bytes for each in self._shelves[part])
+
+    def away(self) -> int:
+        """Bytes that are not on the device now."""
+        return sum(size for part, size in self._room.sizes.items() if part not in self._room.present)
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether the autoencoder is to work on some rows of this request's pictures at a time."""
+        limit = self.plan.whole_up_to if self.plan else None
+        return limit is not None and self._work.get("autoencoder", 0) > limit
+
+    @contextmanager
+    def request(self, work: Mapping[str, int]) -> Iterator[None]:
+        """Inside, each stage takes so many bytes beside the weights (`footprint.work_of`)."""
+        self._work = work
+        try:
+            yield
+        finally:
+            self._work = {}
+
+    @contextmanager
+    def use(self, part: str, beside: int | None = None) -> Iterator[None]:
+        """Inside, a part is on the device, with room for what its stage takes, or for as many bytes.
+
+        Raises OutOfMemory if there is no room for that, or WeightsError if its file was changed since; then nothing is
+        lost.
+        """
+        self._make_room(part, self._beside(part) if beside is None else beside)
+        self._held[part] += 1
+        try:
+            self._fetch_next(part)
+            yield
+        finally:
+            self._held[part] -= 1
+            if self.evict and not self._held[part]:
+                self._leave([part])
+
+    @contextmanager
+    def all(self) -> Iterator[None]:
+        """Inside, everything is there, whatever the plan: to be written."""
+        try:
+            for part in self._shelves:
+                self._bring(part)
+            yield
+        finally:
+            self._leave(list(self._shelves))
+
+    def _beside(self, part: str) -> int:
+        stage = PARTS.get(part.partition(":")[0], "")
+        work = self._work.get(BY_ROWS if stage == "autoencoder" and self.by_rows else stage, 0)
+        remembers = stage != "text" and any(name.startswith("modulation") for name in self._shelves)
+        return work + (self._work.get(REMEMBERED, 0) if remembers else 0)
+
+    def _make_room(self, part: str, beside: int) -> None:
+        if self._room.capacity is None:
+            self._bring(part)
+            return
+        try:
+            leaving = self._room.need([part], beside, +self._held)
+        except TooLarge as error:
+            if not self._strict:
+                self._bring(part)
+                return
+            raise OutOfMemory(
+                f"the request takes about {said(error.lacking)} more than the {said(self._room.capacity)} that the "
+                "model may take: ask for fewer or smaller pictures"
+            ) from None
+        self._leave(leaving)
+        self._bring(part)
+
+    def _bring(self, part: str) -> None:
+        if part not in self._shelves:
+            return
+        try:
+            coming = self._coming.pop(part, None)
+            if coming is None:
+                self._carry(part)
+            else:
+                coming.result()
+        except BaseException:
+            self._leave([part])
+            raise
+        self._room.present.add(part)
+        if self._staging is not None:
+            self._staging.join()
+
+    def _carry(self, part: str) -> None:
+        for shelf in self._shelves[part]:
+            if shelf.away:
+                if self._staging is None:
+                    self._staging = Staging.on(shelf.filling.device)
+                shelf.bring(self._staging)
+
+    def _leave(self, parts: Sequence[str]) -> None:
+        for part in parts:
+            coming = self._coming.pop(part, None)
+            if coming is not None:
+                coming.exception()  # wait for it
+                if self._staging is not None:
+                    self._staging.join()
+            for shelf in self._shelves.get(part, []):
+                shelf.leave()
+            self._room.present.discard(part)
+
+    def _fetch_next(self, part: str) -> None:
+        """Begin to bring what the next stage needs, if there is room for it beside this one."""
+        name, colon, mark = part.partition(":")
+        order = list(PARTS)
+        for other in order[order.index(name) + 1 :][:1] if name in PARTS else []:
+            after = other + colon + mark if other in ("modulation", "network") else other
+            wanted = self._room.sizes.get(after)
+            if self._room.capacity is None or wanted is None or after in self._room.present:
+                return
+            beside = max(self._beside(part), self._beside(after))
+            if self._room.total() + wanted + beside <= self._room.capacity:
+                self._room.present.add(after)
+                self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+                self._coming[after] = self._pool.submit(self._carry, after)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where networks are loaded, and how."""
+
+    dtype: torch.dtype = torch.float32
+    device: torch.device = CPU
+    quantization: str = "none"
+    """The scheme that was asked for."""
+    residents: Residents = field(default_factory=Residents)
+    mark: str = ""
+    """Behind the names of the parts, which tells them from those of another network."""
+
+    def leaves(self, *parts: str) -> bool:
+        """Whether any of these does."""
+        return any(self.residents.where(part + self.mark) for part in parts)
+
+
+def load_parts(
     make: Callable[[], Module],
     source: WeightSource,
+    place: Place,
+    parts: Mapping[str, str],
     *,
-    dtype: torch.dtype,
-    device: torch.device,
+    rename: Callable[[str], str] = lambda name: name,
+    tied: Mapping[str, str] | None = None,
     treat: Treat | None = None,
-    evict: bool = False,
-) -> tuple[Module, Precompute]:
-    """As `load_module`, for a network with a `precompute`. With `evict` its weights are left in the source, which then
-    has to stay open."""
-    if not evict:
-        net = load_module(make, source, dtype=dtype, device=device, treat=treat)
-        return net, Precompute(net)
-    net, filling = prepare(make, source, dtype=dtype, device=device, treat=treat)
-    away = [name for name, _ in net.named_parameters() if re.fullmatch(str(net.precomputed), name)]
-    state = filling.read(name for name in filling.stored if name not in set(away))
-    net.load_state_dict(state, strict=False, assign=True)
-    return net.eval().requires_grad_(False), Precompute(net, Shelf(net, filling, away))
+    channels_last: bool = False,
+) -> Module:
+    """As `load_module`, but parts that leave are left where they are. `parts` maps each to the names of its parameters,
+    as a regular expression; a parameter is of the first that matches.
+
+    If one leaves (`Place.leaves`), the source has to stay open.
+    """
+    tied = tied or {}
+    net, filling = prepare(make, source, dtype=place.dtype, device=place.device, rename=rename, tied=tied, treat=treat)
+    left, rest = set[str](), [name for name, _ in net.named_parameters()]
+    for part, pattern in parts.items():
+        names = [name for name in rest if re.fullmatch(pattern, name)]
+        rest = [name for name in rest if name not in set(names)]
+        where = place.residents.where(part + place.mark)
+        if where is not None and names:
+            shelf = Shelf(net, filling, names, where=where, channels_last=channels_last)
+            place.residents.add(part + place.mark, shelf)
+            left |= set(names)
+    return fill(net, filling, tied, left)
 
 
 class Precompute:
-    """A network's `precompute`, its weights brought back from their shelf where its result is not remembered."""
+    """A network's `precompute`, its weights brought back where its result is not remembered."""
 
-    def __init__(self, net: Any, shelf: Shelf | None = None) -> None:
-        self.net, self.shelf = net, shelf
+    def __init__(self, net: Any, place: Place | None = None) -> None:
+        self.net = net
+        self._residents = place.residents if place else Residents()
+        self._part = f"modulation{place.mark if place else ''}"
         self._kept: OrderedDict[int, tuple[tuple[Any, ...], Any]] = OrderedDict()
         self._count = 0
 
     def __call__(self, rows: Sequence[tuple[Any, ...]]) -> list[Any]:
         """The result for the arguments of each row."""
-        if self.shelf is None:
-            return [self.net.precompute(*row) for row in rows]
+        if self._residents.where(self._part) is None:
+            with self._residents.use(self._part):
+                return [self.net.precompute(*row) for row in rows]
         found = [self._remembered(row) for row in rows]
         if any(made is None for made in found):
-            with self.shelf:
+            with self._residents.use(self._part):
                 pairs = zip(rows, found, strict=True)
                 found = [self.net.precompute(*row) if made is None else made for row, made in pairs]
             for row, made in zip(rows, found, strict=True):

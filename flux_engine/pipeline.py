@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +19,7 @@ from flux_engine import images
 from flux_engine.conditions import build_condition, pasted_back
 from flux_engine.errors import NumericalError, RequestCancelled
 from flux_engine.families.base import Family, Guide, Stage, Walk, notes_of_idle
+from flux_engine.footprint import Extent, work_of
 from flux_engine.models.layers import add_residuals
 from flux_engine.request import Job
 
@@ -57,6 +58,13 @@ class Output:
     """The control pictures, as the networks read them."""
 
 
+@dataclass(frozen=True)
+class _Made:
+    latent: Tensor
+    notes: list[str]
+    maps: tuple[Image.Image, ...]
+
+
 class Pipeline:
     """Runs jobs on one model. Keeps nothing of a request but the text encoder's cache."""
 
@@ -74,8 +82,40 @@ class Pipeline:
         """Make the pictures of a job. Raises RequestCancelled at the next step once `cancel` is set."""
         clock = _Clock()
         check_cancelled(cancel)
-        h, w = job.latent_size
+        family = self.family
+        with family.residents.request(self._work(job)):
+            made = self._latent(job, clock, on_step, cancel)
+            with clock("decode"):
+                if job.output_type == "latent":
+                    pictures = list(made.latent.cpu())
+                    self._check_finite(made.latent)
+                else:
+                    # One at a time: decoding is the peak of memory, and a picture's bits must not depend on its batch.
+                    pictures = []
+                    with family.residents.use("vae"):
+                        for one in made.latent.split(1):
+                            check_cancelled(cancel)
+                            pictures.append(pasted_back(self._decode(one, made.notes), job.inputs))
+        return Output(pictures, clock.seconds, made.notes, made.maps)
 
+    def _work(self, job: Job) -> Mapping[str, int]:
+        """Bytes that each stage of a job takes beside the weights."""
+        family, reference = self.family, job.inputs.reference
+        tokens = 0 if reference is None else reference.width * reference.height // (2 * family.spec.vae.downscale) ** 2
+        extent = Extent(
+            width=job.width,
+            height=job.height,
+            pictures=len(job.seeds),
+            rows=1 if job.true_cfg_scale == 1.0 else 2,
+            steps=job.num_inference_steps,
+            reference=tokens,
+            controlnets=len(job.inputs.controls),
+        )
+        return work_of(family.spec, _name(family.net.dtype), family.quantization != "none", extent)
+
+    def _latent(self, job: Job, clock: _Clock, on_step: OnStep | None, cancel: threading.Event | None) -> _Made:
+        """All but the pictures. What was computed on the way is gone when it returns."""
+        h, w = job.latent_size
         with clock("encode"):
             condition = build_condition(job, self.family)
             stages = self.family.stages(job, condition)
@@ -90,22 +130,11 @@ class Pipeline:
             done = 0
             for stage, fixed, guiding in zip(stages, statics, guides, strict=True):
                 watch = on_step and self._watching(on_step, stage, done, total, h, w)
-                walk = self._denoise(stage, fixed, guiding, stage.begin(walk), job.true_cfg_scale, watch, cancel)
+                with stage.family.residents.use(stage.family.network_part):
+                    walk = self._denoise(stage, fixed, guiding, stage.begin(walk), job.true_cfg_scale, watch, cancel)
                 done += len(stage.schedule.timesteps)
             assert walk is not None
-            latent = self.family.to_latent(walk.x, h, w)
-
-        with clock("decode"):
-            if job.output_type == "latent":
-                pictures = list(latent.cpu())
-                self._check_finite(latent)
-            else:
-                # One at a time: decoding is the peak of memory, and a picture's bits must not depend on its batch.
-                pictures = []
-                for one in latent.split(1):
-                    check_cancelled(cancel)
-                    pictures.append(pasted_back(self._decode(one, notes), job.inputs))
-        return Output(pictures, clock.seconds, notes, condition.maps)
+            return _Made(self.family.to_latent(walk.x, h, w), notes, condition.maps)
 
     def _denoise(
         self,
@@ -149,11 +178,12 @@ class Pipeline:
     def _decode(self, latent: Tensor, notes: list[str]) -> Tensor:
         """One latent (1, C, h, w) -> picture (3, H, W), never one that is not finite."""
         vae = self.family.vae
-        picture = vae.decode(latent)[0].float().cpu()
+        by_rows = self.family.residents.by_rows
+        picture = vae.decode(latent, by_rows=by_rows)[0].float().cpu()
         if picture.isfinite().all():
             return picture
         self._check_finite(latent)
-        picture = copy.deepcopy(vae).float().decode(latent)[0].cpu()
+        picture = copy.deepcopy(vae).float().decode(latent, by_rows=by_rows)[0].cpu()
         if not picture.isfinite().all():
             raise NumericalError("the autoencoder makes no finite picture of the latent, even in float32")
         note = f"decoded in float32: the autoencoder ran over in {_name(vae.dtype)}"

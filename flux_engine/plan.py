@@ -8,40 +8,27 @@ so that a plan says what will be.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from itertools import combinations
 from typing import Any, Literal
 
-import torch
-from torch import nn
-
 from flux_engine.errors import OutOfMemory
+from flux_engine.footprint import BY_ROWS, REMEMBERED, SLOW, Extent, Sizes, sizes_of, work_of
 from flux_engine.hardware import CARDS, Card
-from flux_engine.models.flux import Flux
-from flux_engine.models.unet import UNet
-from flux_engine.models.vae import AutoEncoder
-from flux_engine.params import ClipParams, FluxParams, T5Params, UNetParams, VAEParams
-from flux_engine.quantization.linears import WORK
-from flux_engine.quantization.policy import place, treatment
-from flux_engine.specs import FluxSpec, ModelSpec
+from flux_engine.specs import ModelSpec
 
 Where = Literal["host", "file"]
 """Where a part is while it is not on the device."""
-STAGES = ("text", "precompute", "denoise", "autoencoder")
+STAGES: tuple[str, ...] = ("text", "precompute", "denoise", "autoencoder")
 """In the order in which a request goes through them."""
 PARTS: Mapping[str, str] = {"text": "text", "modulation": "precompute", "network": "denoise", "vae": "autoencoder"}
 """Part -> the stage that needs it. `modulation` is what only a network's `precompute` reads."""
-SLOW = ":none"
-"""Behind the name of a part: of the network in full precision, beside one of 8 bits."""
 RESERVE = 600_000_000
 GAPS = 0.03
 """Kept free on a card: for its context and libraries, and a share that the allocator's gaps take."""
 FILE_SPEED = 1.5e9
 """Bytes a second from a file."""
-DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class TooLarge(Exception):
@@ -89,87 +76,6 @@ class Room:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Extent:
-    """How large a request is."""
-
-    width: int
-    height: int
-    pictures: int = 1
-    rows: int = 1
-    """Of the network's batch: twice the pictures, where there is classifier-free guidance."""
-    steps: int = 4
-    reference: int = 0
-    """Tokens that are read behind the picture's own."""
-    controlnets: int = 0
-
-    @classmethod
-    def default(cls, spec: ModelSpec, **changes: Any) -> Extent:
-        """One picture of a model's own size and number of steps."""
-        width, height = spec.sizes.named("1:1", spec.sizes.classes[0])
-        guided = not spec.guidance_embedded and spec.guidance_scale is not None
-        made = cls(width=width, height=height, rows=1 + guided, steps=spec.num_inference_steps)
-        return replace(made, **changes)
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Bytes of a model: of the parts that may leave, and of the rest."""
-
-    parts: Mapping[str, int]
-    always: int
-
-
-def sizes_of(spec: ModelSpec, dtype: str, schemes: Sequence[str]) -> Sizes:
-    """Of a model whose network is there in each of these schemes, the text encoders and the autoencoder once."""
-    item, parts, always = DTYPES[dtype], dict[str, int](), 0
-    for number, scheme in enumerate(schemes):
-        network, modulation = _network(_params(spec), scheme, item)
-        mark = SLOW if number else ""
-        parts |= {"modulation" + mark: modulation, "network" + mark: network}
-    reading = 4 if dtype == "float16" and isinstance(spec, FluxSpec) else item  # T5 runs over in float16
-    for encoder in spec.encoders:
-        layers, rest = _t5(encoder, schemes[0], reading) if isinstance(encoder, T5Params) else _clip(encoder, reading)
-        parts["text"] = parts.get("text", 0) + layers
-        always += rest
-    parts["vae"] = _autoencoder(spec.vae) * _vae_item(spec, dtype)
-    return Sizes(parts, always)
-
-
-def work_of(spec: ModelSpec, dtype: str, quantized: bool, extent: Extent) -> dict[str, int]:
-    """Bytes beside the weights that each stage takes at most, "autoencoder by rows" besides: fitted to what a dry run
-    counts (benchmarks/dry_run.py, a test compares)."""
-    item, rows = DTYPES[dtype], extent.rows * extent.pictures
-    positions = extent.width * extent.height // spec.vae.downscale**2
-    extra = WORK if quantized else 0
-    if isinstance(spec, FluxSpec):
-        net, length = spec.transformer, spec.max_sequence_length
-        tokens = positions // 4
-        blocks = 12 * net.depth + 3 * net.depth_single_blocks + 2
-        statics = item * rows * net.hidden_size * (extent.steps * blocks + length)
-        every = tokens + extent.reference + length
-        denoise = 22.2 * item * rows * every * net.hidden_size
-        denoise += 15 * extent.controlnets * item * rows * tokens * net.hidden_size
-        made, t5 = statics, next(one for one in spec.encoders if isinstance(one, T5Params))
-        reading = 4 if dtype == "float16" else item
-        text = reading * length * (3.2 * t5.heads * length + 2.5 * t5.d_ff) + 3 * extra
-    else:
-        unet: UNetParams = spec.unet  # pyright: ignore[reportAttributeAccessIssue]
-        width = max(one.mlp for one in spec.encoders if isinstance(one, ClipParams))
-        text = 16 * item * 77 * width
-        statics = item * rows * (77 * _text_channels(unet) + extent.steps * _time_channels(unet))
-        made = 2 * statics
-        denoise = item * rows * positions * unet.block_out_channels[0] * (30 + 10 * extent.controlnets)
-    pixels = extent.width * extent.height * spec.vae.channels * _vae_item(spec, dtype)
-    return {
-        "text": int(text),
-        "precompute": int(1.3 * made + 3 * extra),
-        "denoise": int(statics + denoise + extra),
-        "autoencoder": int(6.1 * pixels),
-        "autoencoder by rows": int(3.3 * pixels),
-    }
-
-
-@dataclass(frozen=True, kw_only=True)
 class Plan:
     """What a model takes on a device."""
 
@@ -184,8 +90,11 @@ class Plan:
     always: int
     leaves: Mapping[str, Where]
     """Parts that are not on the device all the time, and where they are meanwhile. The others stay."""
+    whole_up_to: int | None
+    """Bytes that the autoencoder may take beside itself and a network; what would take more is worked on some rows at
+    a time. A request alone decides that, as rows and whole differ in the last bits."""
     by_rows: bool
-    """Whether the autoencoder works on some rows of the picture at a time."""
+    """Whether that is so for the request that was planned for."""
     peaks: Mapping[str, int]
     """Stage -> bytes on the device, at most, for a request of the size that was planned for."""
     resident: int
@@ -216,7 +125,7 @@ class Plan:
         return {True: fast, False: f"none, {there(slow)}" if slow in self.sizes else fast}
 
     def room(self) -> Room:
-        """With what never leaves in it."""
+        """For the parts that leave; the others are always there."""
         stays = sum(size for part, size in self.sizes.items() if part not in self.leaves)
         return Room(self.capacity, self.always + stays, {part: self.sizes[part] for part in self.leaves})
 
@@ -295,9 +204,15 @@ class _Asked:
         sizes = sizes_of(self.spec, self.dtype, schemes)
         work = work_of(self.spec, self.dtype, schemes != ("none",), self.extent)
         room = Room(self.capacity, sizes.always + self.beside, dict(sizes.parts))
-        by_rows = needs_rows(room, work)
+        networks = max(size for part, size in sizes.parts.items() if part.startswith("network"))
+        whole_up_to = None if self.capacity is None else self.capacity - room.always - networks - sizes.parts["vae"]
+        by_rows = whole_up_to is not None and work["autoencoder"] > whole_up_to
         if by_rows:
-            work["autoencoder"] = work["autoencoder by rows"]
+            work["autoencoder"] = work[BY_ROWS]
+        if self.capacity is not None:  # the most that any stage takes with its own part alone
+            most = max(sizes.parts[part] + work[stage] for part, stage in PARTS.items()) + room.always
+            if most > self.capacity:
+                raise TooLarge(most - self.capacity)
         left: set[str] = set()
         moved, peaks = 0, dict.fromkeys(STAGES, 0)
         for last in (False, False, True):
@@ -306,9 +221,10 @@ class _Asked:
                 for part, stage in PARTS.items():
                     name = part + mark if part in ("network", "modulation") else part
                     before = set(room.present)
-                    left |= set(room.need([name], work[stage]))
+                    remembered = work[REMEMBERED] if stage != "text" and "modulation" + mark in left else 0
+                    left |= set(room.need([name], work[stage] + remembered))
                     moved += room.sizes[name] if name not in before else 0
-                    peaks[stage] = max(peaks[stage], room.total() + work[stage])
+                    peaks[stage] = max(peaks[stage], room.total() + work[stage] + remembered)
             if last:
                 break
         leaves = self._leaves(left, sizes)
@@ -324,6 +240,7 @@ class _Asked:
             sizes=dict(sizes.parts),
             always=sizes.always + self.beside,
             leaves=leaves,
+            whole_up_to=whole_up_to,
             by_rows=by_rows,
             peaks=peaks,
             resident=made,
@@ -341,29 +258,25 @@ class _Asked:
         return places
 
 
-def needs_rows(room: Room, work: Mapping[str, int]) -> bool:
-    """Whether the autoencoder's whole picture would take so much that a network would have to leave for it. It depends
-    on no more than the request, as rows and whole differ in the last bits."""
-    if room.capacity is None:
-        return False
-    network = max((size for part, size in room.sizes.items() if part.startswith("network")), default=0)
-    return room.always + network + room.sizes.get("vae", 0) + work["autoencoder"] > room.capacity
-
-
 def _refusal(asked: _Asked, lacking: Mapping[tuple[str, ...], int]) -> str:
-    card, spec = asked.card, asked.spec
+    card, spec, extent = asked.card, asked.spec, asked.extent
     ways = " or ".join(" with ".join(way) for way in lacking)
-    least = min(lacking.values(), default=0)
+    least = asked.capacity + min(lacking.values(), default=0)
     told = (
-        f"{spec.name} in {ways or 'no scheme'} does not fit {card.name}: of {asked.capacity / 1e9:.1f} GB that it may "
-        f"take it lacks {least / 1e9:.1f} GB for {asked.extent.width}x{asked.extent.height}"
+        f"{spec.name} in {ways or 'no scheme'} does not fit {card.name}: {extent.width}x{extent.height} takes "
+        f"{said(least)} at a time, and {said(asked.capacity)} are free for it"
     )
-    other = [scheme for scheme in ("fp8", "int8", "fp8-storage") if (scheme,) not in lacking and card.runs(scheme)]
-    fitting = [scheme for scheme in other if _fits(asked, scheme)]
+    others = dict.fromkeys(scheme for scheme in (card.best, "int8", "fp8", "fp8-storage") if (scheme,) not in lacking)
+    fitting = [scheme for scheme in others if scheme != "none" and card.runs(scheme) and _fits(asked, scheme)]
     if fitting:
-        return f"{told}. It would fit with quantization={fitting[0]!r} (or 'auto')"
+        return f"{told}. It would fit with quantization={fitting[0]!r}"
     larger = [one.name for one in CARDS.values() if any(_fits(_on(asked, one), way[0]) for way in lacking)]
-    return f"{told}. It would fit {larger[0]}" if larger else f"{told}. No card of the table would hold it"
+    return f"{told}. It would fit a card as {larger[0]}" if larger else f"{told}. No card of the table would hold it"
+
+
+def said(size: int) -> str:
+    """Bytes, to be read."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def _on(asked: _Asked, card: Card) -> _Asked:
@@ -377,70 +290,3 @@ def _fits(asked: _Asked, scheme: str) -> bool:
     except TooLarge:
         return False
     return asked.card.runs(scheme)
-
-
-def _params(spec: ModelSpec) -> FluxParams | UNetParams:
-    return spec.transformer if isinstance(spec, FluxSpec) else spec.unet  # pyright: ignore[reportAttributeAccessIssue]
-
-
-@lru_cache(maxsize=32)
-def _network(params: FluxParams | UNetParams, scheme: str, item: int) -> tuple[int, int]:
-    """Bytes of a network, and of what only its `precompute` reads."""
-    with torch.device("meta"):
-        net: Any = Flux(params) if isinstance(params, FluxParams) else UNet(params)
-        if (treat := treatment("flux" if isinstance(params, FluxParams) else "unet", scheme)) is not None:
-            place(net, treat)
-    once = re.compile(str(net.precomputed))
-    sizes = [0, 0]
-    for name, parameter in net.named_parameters():
-        plain = parameter.dtype == torch.float32 and not name.endswith("_scale")
-        sizes[bool(once.fullmatch(name))] += parameter.numel() * (item if plain else parameter.element_size())
-    return sizes[0], sizes[1]
-
-
-@lru_cache(maxsize=32)
-def _autoencoder(params: VAEParams) -> int:
-    """Its number of weights."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in AutoEncoder(params).parameters())
-
-
-def _vae_item(spec: ModelSpec, dtype: str) -> int:
-    """Bytes of its numbers: where it would run over in float16 and there is no bfloat16, it runs in float32."""
-    return 4 if dtype == "float16" and spec.vae.force_upcast else DTYPES[dtype]
-
-
-def _clip(params: ClipParams, item: int) -> tuple[int, int]:
-    """Bytes of its layers, and of the rest."""
-    width, mlp = params.hidden_size, params.mlp
-    layer = 4 * (width * width + width) + 2 * width * mlp + mlp + width + 4 * width
-    rest = (params.vocabulary + params.positions + 2 + width * params.projection) * width
-    return item * params.layers * layer, item * rest
-
-
-def _t5(params: T5Params, scheme: str, item: int) -> tuple[int, int]:
-    """Bytes of its blocks, and of the rest."""
-    inner = params.heads * params.d_kv
-    shapes = [(inner, params.d_model)] * 3 + [(params.d_model, inner)]
-    shapes += [(params.d_ff, params.d_model)] * 2 + [(params.d_model, params.d_ff)]
-    linears = sum(rows * (columns * item if scheme == "none" else columns + 4) for rows, columns in shapes)
-    blocks = params.layers * (linears + item * 2 * params.d_model) + item * 32 * params.heads
-    return blocks, item * (params.vocabulary + 1) * params.d_model
-
-
-def _transformers(params: UNetParams) -> Iterator[tuple[int, int]]:
-    """Of each resolution its width, and how many transformer blocks are there on the way down and up."""
-    for width, depth in zip(params.block_out_channels, params.transformer_depth, strict=True):
-        yield width, depth * (2 * params.layers_per_block + 1)
-    yield params.block_out_channels[-1], params.mid_depth
-
-
-def _text_channels(params: UNetParams) -> int:
-    """Of the keys and values of all blocks together."""
-    return sum(2 * width * blocks for width, blocks in _transformers(params))
-
-
-def _time_channels(params: UNetParams) -> int:
-    """Of what all resnets are told of the time."""
-    count = 2 * params.layers_per_block + 1
-    return sum(width * count for width in params.block_out_channels) + 2 * params.block_out_channels[-1]

@@ -74,6 +74,9 @@ class Request(PictureFields):
     """Seed of the first picture; picture k has seed + k. 0 is a seed. None draws one."""
     output_type: OutputType = "pil"
     """"pil", "np" (H, W, 3 uint8), "pt" (3, H, W in [0, 1]) or "latent" (C, h, w)."""
+    go_fast: bool | None = None
+    """Run in 8 bits, or in full precision, where both are loaded (`quantization="both"`); else in what there is, which
+    is reported."""
     strict: bool = False
     """Refuse what would otherwise be adjusted and reported."""
 
@@ -131,9 +134,15 @@ class Request(PictureFields):
             prompt_weights=self.prompt_weights,
             prompt_chunks=self.prompt_chunks,
             output_type=self.output_type,
+            go_fast=self._fast(),
             strict=self.strict,
             notes=tuple(notes),
         )
+
+    def _fast(self) -> bool | None:
+        if not isinstance(self.go_fast, bool | None):
+            raise InvalidRequest(f"go_fast {self.go_fast!r} is neither True nor False", field="go_fast")
+        return self.go_fast
 
     def _size(self, spec: ModelSpec, brought: Brought | None, notes: list[str]) -> tuple[int, int]:
         """(width, height), after the picture that was brought if nothing is said."""
@@ -303,6 +312,7 @@ class Job:
     prompt_weights: bool = False
     prompt_chunks: bool = False
     output_type: OutputType = "pil"
+    go_fast: bool | None = None
     strict: bool = False
     notes: tuple[str, ...] = field(default=())
 

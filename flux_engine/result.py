@@ -29,6 +29,8 @@ class Result:
     """What was adjusted: a size off the grid, a prompt that was cut, an option the model does not have."""
     controls: tuple[Image.Image, ...] = ()
     """The control pictures that the networks read, as the preprocessors made them."""
+    quantization: str = "none"
+    """The scheme that the network ran in."""
 
     @property
     def image(self) -> Any:

@@ -22,6 +22,7 @@ from flux_engine.errors import NumericalError
 from flux_engine.families.base import load_vae
 from flux_engine.families.load import load_family
 from flux_engine.hardware import has_bf16
+from flux_engine.memory import Place
 from flux_engine.models.vae import AutoEncoder
 from flux_engine.pipeline import Step
 from flux_engine.result import Result
@@ -63,7 +64,7 @@ def reference(wild: AutoEncoder) -> torch.Tensor:
 
 def test_it_does_run_over(file: Path) -> None:
     """Or what follows would pass for nothing."""
-    vae = load_vae(PLAIN, file, dtype=torch.float16, device=CPU)
+    vae = load_vae(PLAIN, file, Place(torch.float16))
     assert vae.dtype == torch.float16
     assert not vae.decode(torch.randn(1, 4, 4, 4)).isfinite().any()
 
@@ -72,7 +73,7 @@ def test_what_is_known_to_run_over_is_loaded_in_another_dtype(
     file: Path, reference: torch.Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, "flux_engine"):
-        vae = load_vae(UPCAST, file, dtype=torch.float16, device=CPU)
+        vae = load_vae(UPCAST, file, Place(torch.float16))
     wanted = "bfloat16" if has_bf16(CPU) else "float32"
     assert caplog.messages == [f"the autoencoder runs in {wanted}: it would run over in float16"]
     loaded = engine(UPCAST, vae)
@@ -82,7 +83,7 @@ def test_what_is_known_to_run_over_is_loaded_in_another_dtype(
     assert (result.image - reference).abs().mean() <= 0.02
     for dtype in (torch.float32, torch.bfloat16):
         caplog.clear()
-        assert load_vae(UPCAST, file, dtype=dtype, device=CPU).dtype == dtype
+        assert load_vae(UPCAST, file, Place(dtype)).dtype == dtype
         assert not caplog.messages
 
 
@@ -94,7 +95,7 @@ def test_a_model_in_float16_says_where_its_autoencoder_is_not(file: Path, tmp_pa
     }
     found = {}
     for spec in (UPCAST, PLAIN):
-        family = load_family(spec, files | {"vae": file}, dtype=torch.float16, device=CPU, embedding_cache=0)
+        family = load_family(spec, files | {"vae": file}, Place(torch.float16), embedding_cache=0)
         described = Engine(family).describe()["parts"]
         assert draw(Engine(family), output_type="pt").image.isfinite().all()
         found[spec.vae.force_upcast] = described["vae"]["dtype"]
@@ -103,7 +104,7 @@ def test_a_model_in_float16_says_where_its_autoencoder_is_not(file: Path, tmp_pa
 
 
 def test_what_runs_over_is_decoded_in_float32_and_reported(file: Path, reference: torch.Tensor) -> None:
-    vae = load_vae(PLAIN, file, dtype=torch.float16, device=CPU)
+    vae = load_vae(PLAIN, file, Place(torch.float16))
     half = engine(PLAIN, vae)
     assert half.describe()["parts"]["vae"]["dtype"] == "float16"
     result = draw(half, output_type="pt", num_outputs=2)
@@ -116,7 +117,7 @@ def test_what_runs_over_is_decoded_in_float32_and_reported(file: Path, reference
 
 def test_previews_are_fitted_in_float32_where_the_encoder_runs_over(file: Path, wild: AutoEncoder) -> None:
     previews = []
-    for vae in (wild, load_vae(PLAIN, file, dtype=torch.float16, device=CPU)):
+    for vae in (wild, load_vae(PLAIN, file, Place(torch.float16))):
         steps: list[Step] = []
         draw(engine(PLAIN, vae), on_step=steps.append)
         previews.append(np.asarray(steps[0].preview()[0], float))

@@ -62,7 +62,7 @@ def test_a_controlnet_too() -> None:
 
 def test_only_a_new_prompt_brings_them_back(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = flux_engine.load("demo-schnell", dtype="float32", memory="evict")
-    shelf = engine._pipeline.family.precompute.shelf
+    (shelf,) = engine._pipeline.family.residents._shelves["modulation"]
     read: list[int] = []
     plain = type(shelf.filling).read
     monkeypatch.setattr(type(shelf.filling), "read", lambda self, names: read.append(1) or plain(self, names))
@@ -97,7 +97,8 @@ def test_a_file_that_was_replaced_does_no_harm_and_one_that_was_changed_is_an_er
     os.utime(kept, ns=(1, 1))
     with pytest.raises(WeightsError, match="was changed while it was in use"):
         latent(engine, "a green cross")
-    assert away(engine) == set(engine._pipeline.family.precompute.shelf.names)
+    (shelf,) = engine._pipeline.family.residents._shelves["modulation"]
+    assert away(engine) == set(shelf.names)
     assert torch.equal(latent(engine), first), "what is remembered is still there"
 
 
@@ -110,7 +111,7 @@ def test_it_can_still_be_exported(tmp_path: Path) -> None:
 
 
 def test_an_unknown_choice_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match="memory 'tiny' is not one of auto, resident, evict"):
+    with pytest.raises(UnsupportedError, match="memory 'tiny' is not one of auto, resident, evict, and no size"):
         flux_engine.load("demo-schnell", memory="tiny")
 
 

@@ -32,6 +32,7 @@ from flux_engine import WeightsError, hub
 from flux_engine.checkpoints.detect import what_is
 from flux_engine.checkpoints.inspect import inspect
 from flux_engine.checkpoints.source import WeightSource
+from flux_engine.memory import Place
 from flux_engine.models.redux import ReduxAdapter
 from flux_engine.params import ReduxParams
 from flux_engine.text.encoders import TextCond
@@ -138,7 +139,7 @@ def test_text_and_picture_agree_with_diffusers(files: dict[str, Path], redux: Re
     )
     prompt = "a red circle on a blue background"
     reference = pipeline(picture(1), prompt=prompt)
-    text = FluxTextEncoder.load(DEMO, max_sequence_length=512, dtype=torch.float32, device=CPU).encode([prompt])
+    text = FluxTextEncoder.load(DEMO, Place(), max_sequence_length=512).encode([prompt])
     mixed = mix(text, redux.encode([picture(1)]))
     assert mixed.tokens.shape == reference.prompt_embeds.shape
     assert relative_error(mixed.tokens, reference.prompt_embeds) <= TOLERANCE

@@ -22,6 +22,7 @@ from flux_engine.checkpoints.tables import unet_sgm
 from flux_engine.engine import Engine
 from flux_engine.errors import InvalidRequest, RequestCancelled, UnknownModel
 from flux_engine.families.load import load_family
+from flux_engine.memory import Place
 from flux_engine.params import DiffusionSchedule
 from flux_engine.pipeline import Step
 from flux_engine.request import Request
@@ -197,7 +198,7 @@ def test_a_single_file_with_all_parts_gives_the_same_bits(
         part: folders[0] / part
         for part in ("tokenizer", "tokenizer_2", "text_encoder/config.json", "text_encoder_2/config.json")
     }
-    loaded = Engine(load_family(engine.spec, files, dtype=torch.float32, device=torch.device("cpu"), embedding_cache=0))
+    loaded = Engine(load_family(engine.spec, files, Place(), embedding_cache=0))
     assert torch.equal(run(loaded, num_inference_steps=2), run(engine, num_inference_steps=2))
 
 

@@ -49,6 +49,13 @@ class Filling:
                 state[name], state[linear + SCALE] = self._quantized(name, self.schemes[linear], own)
         return state
 
+    def kind(self, name: str) -> torch.dtype:
+        """The dtype of a parameter."""
+        linear, _, leaf = name.rpartition(".")
+        if linear not in self.schemes or leaf == "bias":
+            return self.dtype
+        return self.schemes[linear].dtype if leaf == "weight" else torch.float32
+
     def _quantized(self, name: str, scheme: Scheme, own: bool) -> tuple[Tensor, Tensor]:
         """A matrix in 8 bits and the scales of its rows: as they are saved, or made of what is stored."""
         source, stored = self.source, self.stored[name]
@@ -86,9 +93,14 @@ def load_module(
     """
     tied = tied or {}
     module, filling = prepare(make, source, dtype=dtype, device=device, rename=rename, tied=tied, treat=treat)
-    state = filling.read(filling.stored)
+    return fill(module, filling, tied)
+
+
+def fill(module: Module, filling: Filling, tied: Mapping[str, str], without: Collection[str] = ()) -> Module:
+    """Put the weights where `prepare` left none, but for some that come later."""
+    state = filling.read(name for name in filling.stored if name not in without)
     state |= {name: state[original] for name, original in tied.items()}
-    module.load_state_dict(state, strict=True, assign=True)
+    module.load_state_dict(state, strict=not without, assign=True)
     for name, original in tied.items():
         parent, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(parent), leaf, module.get_parameter(original))

@@ -9,8 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,11 +21,10 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from flux_engine.checkpoints.detect import pick
-from flux_engine.checkpoints.load import load_module
-from flux_engine.checkpoints.source import WeightSource
+from flux_engine.checkpoints.source import opened
 from flux_engine.errors import InvalidRequest
 from flux_engine.hardware import has_bf16
-from flux_engine.memory import Precompute
+from flux_engine.memory import Place, Precompute, Residents, load_parts
 from flux_engine.models.layers import Residuals, scaled
 from flux_engine.models.vae import AutoEncoder
 from flux_engine.request import Job
@@ -247,24 +245,24 @@ class Family(ABC, Generic[Spec]):
     channel_dim: ClassVar[int]
     """Where the loop's x has its channels."""
     controlnets: tuple[ControlNet, ...]
-    quantization: str
-    """The scheme that was asked for."""
     precompute: Precompute | None
     """Of its network, which may be put together without."""
-    evict: bool
-    """Whether what only `precompute` reads leaves the device after each new prompt."""
+    place: Place
 
-    def evicted(self) -> int:
-        """Bytes that are not on the device between prompts."""
-        every = (self.precompute, *(one.precompute for one in self.controlnets))
-        return sum(made.shelf.bytes for made in every if made and made.shelf)
+    @property
+    def quantization(self) -> str:
+        """The scheme that was asked for."""
+        return self.place.quantization
 
-    @contextmanager
-    def whole(self) -> Iterator[None]:
-        """While it lasts, all weights of the network are there."""
-        shelf = self.precompute and self.precompute.shelf
-        with shelf or nullcontext():
-            yield
+    @property
+    def residents(self) -> Residents:
+        """Which parts are on the device."""
+        return self.place.residents
+
+    @property
+    def network_part(self) -> str:
+        """What has to be there for a step."""
+        return "network" + self.place.mark
 
     publishers_layout: ClassVar[str]
     """What the layout of the publisher's own files is called."""
@@ -289,12 +287,13 @@ class Family(ABC, Generic[Spec]):
     def load_controlnet(self, spec: ControlNetSpec, path: Path) -> ControlNet:
         """Read one. Raises WeightsError if it was made for a model of other widths."""
 
-    def latent_of(self, picture: Tensor) -> Tensor:
+    def latent_of(self, picture: Tensor, beside: int | None = None) -> Tensor:
         """Picture (1, 3, H, W) in [-1, 1] -> latent (1, C, h, w), float32. Where the autoencoder overflows, it is done
-        in float32."""
+        in float32. `beside` is how many bytes that takes, if it is another size than the request's."""
         picture = picture.to(self.net.device)
-        latent = self.vae.encode(picture).float()
-        return latent if latent.isfinite().all() else copy.deepcopy(self.vae).float().encode(picture)
+        with self.residents.use("vae", beside):
+            latent = self.vae.encode(picture, by_rows=self.residents.by_rows).float()
+            return latent if latent.isfinite().all() else copy.deepcopy(self.vae).float().encode(picture)
 
     def noise(self, generators: Sequence[torch.Generator], h: int, w: int) -> Tensor:
         """Standard normal latents (B, C, h, w), float32, drawn on the CPU from each picture's own generator."""
@@ -312,7 +311,7 @@ class Family(ABC, Generic[Spec]):
         generator = torch.Generator().manual_seed(0)
         blocks = torch.rand((4, 3, 4, 4), generator=generator) * 2 - 1
         pictures = F.interpolate(blocks, scale_factor=4 * downscale, mode="nearest")
-        latent = self.latent_of(pictures).cpu().permute(0, 2, 3, 1).flatten(0, 2)
+        latent = self.latent_of(pictures, beside=0).cpu().permute(0, 2, 3, 1).flatten(0, 2)
         colors = F.avg_pool2d(pictures, downscale).permute(0, 2, 3, 1).flatten(0, 2)
         inputs = torch.cat((latent, torch.ones(len(latent), 1)), dim=1)
         ridge = 1e-2 * len(inputs) * torch.eye(inputs.shape[1])
@@ -329,14 +328,20 @@ def _each_file_once(found: Sequence[tuple[ControlNetSpec, Path]]) -> list[tuple[
     return [(spec, path) for path, spec in files.items()]
 
 
-def load_vae(spec: ModelSpec, file: Path, *, dtype: torch.dtype, device: torch.device) -> AutoEncoder:
+def load_vae(spec: ModelSpec, file: Path, place: Place) -> AutoEncoder:
     """The autoencoder, in another dtype where it would overflow in float16."""
-    if dtype == torch.float16 and spec.vae.force_upcast:
-        dtype = torch.bfloat16 if has_bf16(device) else torch.float32
-        log.info("the autoencoder runs in %s: it would run over in float16", str(dtype).removeprefix("torch."))
-    with WeightSource.open(file) as source:
-        vae = load_module(lambda: AutoEncoder(spec.vae), pick(source, "vae"), dtype=dtype, device=device)
+    if place.dtype == torch.float16 and spec.vae.force_upcast:
+        place = replace(place, dtype=torch.bfloat16 if has_bf16(place.device) else torch.float32)
+        log.info("the autoencoder runs in %s: it would run over in float16", str(place.dtype).removeprefix("torch."))
+    with opened(file, keep=place.leaves("vae")) as source:
+        parts = {"vae": AutoEncoder.blocks}
+        vae = load_parts(lambda: AutoEncoder(spec.vae), pick(source, "vae"), place, parts, channels_last=True)
     return channels_last(vae)
+
+
+def parts_of(net: type[Any]) -> dict[str, str]:
+    """The parts of a network that denoises, for `load_parts`."""
+    return {"modulation": net.precomputed, "network": net.blocks}
 
 
 def channels_last(network: Any) -> Any:

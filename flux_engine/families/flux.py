@@ -6,7 +6,7 @@ Shapes: B batch, C latent channels, h w latent size, L tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -19,7 +19,7 @@ from torch.nn.functional import pixel_unshuffle
 from flux_engine.checkpoints import export
 from flux_engine.checkpoints.detect import pick
 from flux_engine.checkpoints.export import Exported
-from flux_engine.checkpoints.source import opened
+from flux_engine.checkpoints.source import WeightSource, opened
 from flux_engine.errors import WeightsError
 from flux_engine.families.base import (
     Condition,
@@ -34,8 +34,10 @@ from flux_engine.families.base import (
     generators_of,
     load_vae,
     notes_of_cuts,
+    parts_of,
 )
-from flux_engine.memory import Precompute, load_network
+from flux_engine.footprint import SLOW
+from flux_engine.memory import Place, Precompute, load_parts
 from flux_engine.models.flux import Flux, FluxStatics, patchify, unpatchify
 from flux_engine.models.flux_controlnet import FluxControlNet
 from flux_engine.models.vae import AutoEncoder
@@ -56,6 +58,25 @@ def image_ids(rows: int, columns: int) -> Tensor:
     return ids.reshape(-1, 3)
 
 
+def sized(spec: FluxSpec, file: Path) -> FluxSpec:
+    """The spec with a transformer's widths and depths, which come from its checkpoint. Raises WeightsError."""
+    with WeightSource.open(file) as whole:
+        params = FluxParams.from_shapes(pick(whole, "flux").shapes)
+    if params.guidance_embed != (spec.guidance_scale is not None):
+        raise WeightsError(
+            f"{file} {'has' if params.guidance_embed else 'lacks'} a guidance embedding, which does not fit {spec.name}"
+        )
+    return replace(spec, transformer=params)
+
+
+def load_transformer(spec: FluxSpec, file: Path, place: Place) -> tuple[Flux, Precompute]:
+    """Raises WeightsError if it is not as `spec` says."""
+    with opened(file, keep=place.leaves("modulation", "network")) as whole:
+        treat = treatment("flux", place.quantization)
+        net = load_parts(lambda: Flux(spec.transformer), pick(whole, "flux"), place, parts_of(Flux), treat=treat)
+    return net, Precompute(net, place)
+
+
 @dataclass(frozen=True)
 class FluxFamily(Family[FluxSpec]):
     """A FLUX.1 model."""
@@ -68,49 +89,27 @@ class FluxFamily(Family[FluxSpec]):
     text: FluxTextEncoder
     controlnets: tuple[ControlNet, ...] = ()
     redux: Redux | None = None
-    quantization: str = "none"
     precompute: Precompute | None = None
-    evict: bool = False
+    place: Place = field(default_factory=Place)
 
     @classmethod
-    def load(
-        cls,
-        spec: FluxSpec,
-        files: Mapping[str, Path],
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        quantization: str = "none",
-        evict: bool = False,
-        embedding_cache: int,
-    ) -> FluxFamily:
-        """The transformer's widths and depths come from its checkpoint."""
-        with opened(files["transformer"], keep=evict) as file:
-            source = pick(file, "flux")
-            params = FluxParams.from_shapes(source.shapes)
-            if params.guidance_embed != (spec.guidance_scale is not None):
-                raise WeightsError(
-                    f"{files['transformer']} {'has' if params.guidance_embed else 'lacks'} a guidance embedding, "
-                    f"which does not fit {spec.name}"
-                )
-            treat = treatment("flux", quantization)
-            net, precompute = load_network(
-                lambda: Flux(params), source, dtype=dtype, device=device, treat=treat, evict=evict
-            )
+    def load(cls, spec: FluxSpec, files: Mapping[str, Path], place: Place, *, embedding_cache: int) -> FluxFamily:
+        """`spec` is `sized`."""
+        net, precompute = load_transformer(spec, files["transformer"], place)
         text = FluxTextEncoder.load(
-            files,
-            max_sequence_length=spec.max_sequence_length,
-            dtype=dtype,
-            device=device,
-            quantization=quantization,
-            cache_size=embedding_cache,
+            files, place, max_sequence_length=spec.max_sequence_length, cache_size=embedding_cache
         )
-        vae = load_vae(spec, files["vae"], dtype=dtype, device=device)
-        spec = replace(spec, transformer=params)
-        return cls(spec, net, vae, text, quantization=quantization, precompute=precompute, evict=evict)
+        return cls(spec, net, load_vae(spec, files["vae"], place), text, precompute=precompute, place=place)
+
+    def in_full_precision(self, files: Mapping[str, Path]) -> FluxFamily:
+        """The same with a transformer of its own, which is not of 8 bits."""
+        place = replace(self.place, quantization="none", mark=SLOW)
+        net, precompute = load_transformer(self.spec, files["transformer"], place)
+        return replace(self, net=net, precompute=precompute, place=place)
 
     def load_controlnet(self, spec: ControlNetSpec, path: Path) -> ControlNet:
-        with opened(path, keep=self.evict) as file:
+        place = replace(self.place, mark=f":{spec.name}")
+        with opened(path, keep=place.leaves("modulation")) as file:
             source = pick(file, "flux_controlnet")
             params = FluxControlNetParams.from_shapes(source.shapes)
             own = self.net.params
@@ -120,14 +119,8 @@ class FluxFamily(Family[FluxSpec]):
                         f"{path} was made for another model: its {name} is {getattr(params, name)}, that of "
                         f"{self.spec.name} {getattr(own, name)}"
                     )
-            net, precompute = load_network(
-                lambda: FluxControlNet(params),
-                source,
-                dtype=self.net.dtype,
-                device=self.net.device,
-                treat=treatment("flux_controlnet", self.quantization),
-                evict=self.evict,
-            )
+            treat = treatment("flux_controlnet", place.quantization)
+            net = load_parts(lambda: FluxControlNet(params), source, place, parts_of(FluxControlNet), treat=treat)
         if params.num_modes:
             kinds = {kind: UNION_MODES.get(kind) if mode is None else mode for kind, mode in spec.kinds.items()}
             for kind, mode in kinds.items():
@@ -136,7 +129,7 @@ class FluxFamily(Family[FluxSpec]):
                         f"{path} tells {params.num_modes} kinds of control apart, and {kind!r} is none of them"
                     )
             spec = replace(spec, kinds=kinds)
-        return ControlNet(spec, net, precompute)
+        return ControlNet(spec, net, Precompute(net, place))
 
     def with_redux(self, files: Mapping[str, Path]) -> FluxFamily:
         """The same with an adapter that reads pictures as prompts. Raises WeightsError for one that does not fit."""

@@ -6,7 +6,7 @@ Shapes: B batch, C latent channels, h w latent size.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from flux_engine.checkpoints import export
 from flux_engine.checkpoints.detect import pick
 from flux_engine.checkpoints.export import Exported
-from flux_engine.checkpoints.source import opened
+from flux_engine.checkpoints.source import WeightSource, opened
 from flux_engine.errors import WeightsError
 from flux_engine.families.base import (
     Condition,
@@ -33,8 +33,10 @@ from flux_engine.families.base import (
     generators_of,
     load_vae,
     notes_of_cuts,
+    parts_of,
 )
-from flux_engine.memory import Precompute, load_network
+from flux_engine.footprint import SLOW
+from flux_engine.memory import Place, Precompute, load_parts
 from flux_engine.models.unet import UNet, UNetStatics
 from flux_engine.models.unet_controlnet import UNetControlNet
 from flux_engine.models.vae import AutoEncoder
@@ -48,25 +50,24 @@ from flux_engine.text.inversion import Inversion
 from flux_engine.text.sdxl import SDXLTextEncoder
 
 
-def load_unet(
-    spec: SDXLSpec, file: Path, *, dtype: torch.dtype, device: torch.device, quantization: str, evict: bool
-) -> tuple[SDXLSpec, UNet, Precompute]:
-    """A UNet, and the spec with its widths and depths, which come from the checkpoint; a head's width and the number of
-    groups, which no shape tells, from the spec."""
-    with opened(file, keep=evict) as whole:
-        source = pick(whole, "unet")
-        found = UNetParams.from_shapes(source.shapes)
-        params = replace(found, head_dim=spec.unet.head_dim, norm_groups=spec.unet.norm_groups)
-        if params.guidance_embed != (spec.guidance_embedded and spec.guidance_scale is not None):
-            raise WeightsError(
-                f"{file} {'has' if params.guidance_embed else 'lacks'} a guidance embedding, which does not fit "
-                f"{spec.name}"
-            )
-        treat = treatment("unet", quantization)
-        net, precompute = load_network(
-            lambda: UNet(params), source, dtype=dtype, device=device, treat=treat, evict=evict
+def sized(spec: SDXLSpec, file: Path) -> SDXLSpec:
+    """The spec with a UNet's widths and depths, which come from its checkpoint; a head's width and the number of
+    groups, which no shape tells, stay the spec's. Raises WeightsError."""
+    with WeightSource.open(file) as whole:
+        found = UNetParams.from_shapes(pick(whole, "unet").shapes)
+    if found.guidance_embed != (spec.guidance_embedded and spec.guidance_scale is not None):
+        raise WeightsError(
+            f"{file} {'has' if found.guidance_embed else 'lacks'} a guidance embedding, which does not fit {spec.name}"
         )
-    return replace(spec, unet=params), channels_last(net), precompute
+    return replace(spec, unet=replace(found, head_dim=spec.unet.head_dim, norm_groups=spec.unet.norm_groups))
+
+
+def load_unet(spec: SDXLSpec, file: Path, place: Place) -> tuple[UNet, Precompute]:
+    """Raises WeightsError if it is not as `spec` says."""
+    with opened(file, keep=place.leaves("modulation", "network")) as whole:
+        source, treat = pick(whole, "unet"), treatment("unet", place.quantization)
+        net = load_parts(lambda: UNet(spec.unet), source, place, parts_of(UNet), treat=treat, channels_last=True)
+    return channels_last(net), Precompute(net, place)
 
 
 AESTHETIC_SCORES = (2.5, 6.0)
@@ -85,56 +86,45 @@ class SDXLFamily(Family[SDXLSpec]):
     text: SDXLTextEncoder
     refiner: SDXLFamily | None = None
     controlnets: tuple[ControlNet, ...] = ()
-    quantization: str = "none"
     precompute: Precompute | None = None
-    evict: bool = False
+    place: Place = field(default_factory=Place)
 
     @classmethod
-    def load(
-        cls,
-        spec: SDXLSpec,
-        files: Mapping[str, Path],
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        quantization: str = "none",
-        evict: bool = False,
-        embedding_cache: int,
-    ) -> SDXLFamily:
-        spec, net, precompute = load_unet(
-            spec, files["unet"], dtype=dtype, device=device, quantization=quantization, evict=evict
-        )
-        text = SDXLTextEncoder.load(files, dtype=dtype, device=device, cache_size=embedding_cache)
-        vae = load_vae(spec, files["vae"], dtype=dtype, device=device)
-        return cls(spec, net, vae, text, quantization=quantization, precompute=precompute, evict=evict)
+    def load(cls, spec: SDXLSpec, files: Mapping[str, Path], place: Place, *, embedding_cache: int) -> SDXLFamily:
+        """`spec` is `sized`."""
+        net, precompute = load_unet(spec, files["unet"], place)
+        text = SDXLTextEncoder.load(files, place, cache_size=embedding_cache)
+        return cls(spec, net, load_vae(spec, files["vae"], place), text, precompute=precompute, place=place)
+
+    def in_full_precision(self, files: Mapping[str, Path]) -> SDXLFamily:
+        """The same with a UNet of its own, which is not of 8 bits."""
+        place = replace(self.place, quantization="none", mark=SLOW)
+        net, precompute = load_unet(self.spec, files["unet"], place)
+        return replace(self, net=net, precompute=precompute, place=place)
 
     def with_refiner(self, spec: SDXLSpec, files: Mapping[str, Path]) -> SDXLFamily:
         """The same with a refiner's UNet beside it, which shares the autoencoder and the second text encoder.
 
         Raises WeightsError if it reads another text encoder's states.
         """
-        spec, net, precompute = load_unet(
-            spec,
-            files["unet"],
-            dtype=self.net.dtype,
-            device=self.net.device,
-            quantization=self.quantization,
-            evict=self.evict,
-        )
+        place = replace(self.place, mark=":refiner")
+        spec = sized(spec, files["unet"])
+        net, precompute = load_unet(spec, files["unet"], place)
         text = self.text.second()
         if spec.unet.cross_attention_dim != text.width:
             raise WeightsError(
                 f"{files['unet']} reads text {spec.unet.cross_attention_dim} wide; the second text encoder of "
                 f"{self.spec.name} is {text.width} wide"
             )
-        return self.refined_by(SDXLFamily(spec, net, self.vae, text, precompute=precompute))
+        return self.refined_by(SDXLFamily(spec, net, self.vae, text, precompute=precompute, place=place))
 
     def refined_by(self, refiner: SDXLFamily) -> SDXLFamily:
         """The same with a refiner that is put together already."""
         return replace(self, spec=replace(self.spec, refiner=refiner.spec), refiner=refiner)
 
     def load_controlnet(self, spec: ControlNetSpec, path: Path) -> ControlNet:
-        with opened(path, keep=self.evict) as file:
+        place = replace(self.place, mark=f":{spec.name}")
+        with opened(path, keep=place.leaves("modulation")) as file:
             source = pick(file, "unet_controlnet")
             found = UNetControlNetParams.from_shapes(source.shapes)
             own = self.net.params
@@ -147,15 +137,16 @@ class SDXLFamily(Family[SDXLSpec]):
                         f"{path} was made for another model: its {name} is {getattr(params, name)}, that of "
                         f"{self.spec.name} {getattr(own, name)}"
                     )
-            net, precompute = load_network(
+            treat = treatment("unet_controlnet", place.quantization)
+            net = load_parts(
                 lambda: UNetControlNet(params),
                 source,
-                dtype=self.net.dtype,
-                device=self.net.device,
-                treat=treatment("unet_controlnet", self.quantization),
-                evict=self.evict,
+                place,
+                parts_of(UNetControlNet),
+                treat=treat,
+                channels_last=True,
             )
-        return ControlNet(spec, channels_last(net), precompute)
+        return ControlNet(spec, channels_last(net), Precompute(net, place))
 
     def learn(self, found: Inversion) -> None:
         """Read learned tokens, the refiner too. Raises WeightsError if they do not fit; then nothing changed."""

@@ -236,6 +236,8 @@ class FluxTrunk(nn.Module):
         r"|.*_blocks\.\d+\.(img_mod|txt_mod|modulation)\..*|final_layer\.adaLN_modulation\..*"
     )
     """Parameters that only `precompute` reads, as a regular expression: 3.3 of FLUX.1's 11.9 billion numbers."""
+    blocks: ClassVar[str] = r"(double|single)_blocks\..*"
+    """Parameters that may leave the device with these, or between steps and pictures. The rest is small, and stays."""
 
     def __init__(self, params: FluxTrunkParams) -> None:
         super().__init__()

@@ -281,6 +281,8 @@ class UNetEncoder(nn.Module):
 
     precomputed: ClassVar[str] = r"(time|add)_embedding\..*|.*\.time_emb_proj\..*|.*\.attn2\.to_kv\..*"
     """Parameters that only `precompute` reads, as a regular expression."""
+    blocks: ClassVar[str] = r"(down_blocks|mid_block|up_blocks)\..*"
+    """Parameters that may leave the device as a whole. The rest is small, and stays."""
 
     def __init__(
         self, params: UNetEncoderParams, depths: Sequence[int | None], mid_depth: int | None, *, guidance: bool = False

@@ -10,6 +10,8 @@ Shapes: pictures (B, 3, 8 h, 8 w) in [-1, 1]; latents (B, C, h, w).
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -160,6 +162,9 @@ class Decoder(nn.Module):
 
 class AutoEncoder(nn.Module):
     """Pictures to latents and back."""
+
+    blocks: ClassVar[str] = r"(?!decoder\.conv_in\.).*"
+    """Parameters that may leave the device between pictures; by what stays it is told where they belong."""
 
     def __init__(self, params: VAEParams) -> None:
         super().__init__()

@@ -23,10 +23,10 @@ from transformers import (
 )
 
 from flux_engine.checkpoints.detect import pick
-from flux_engine.checkpoints.load import load_module
-from flux_engine.checkpoints.source import WeightSource
+from flux_engine.checkpoints.source import WeightSource, opened
 from flux_engine.checkpoints.tables import published_clip
 from flux_engine.errors import WeightsError
+from flux_engine.memory import Place, load_parts
 
 Config = TypeVar("Config", CLIPTextConfig, T5Config)
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
@@ -86,18 +86,17 @@ def load_clip(
     files: Mapping[str, Path],
     part: str,
     kind: type[CLIPTextModel] | type[CLIPTextModelWithProjection],
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
+    place: Place,
 ) -> Any:
     """One of transformers' text models, from the files of a part. Of several in a file it is the one that is as wide as
     the part's config says."""
     config = read_config(CLIPTextConfig, files[f"{part}/config.json"])
-    with WeightSource.open(files[part]) as file:
+    with opened(files[part], keep=place.leaves("text")) as file:
         source = pick(file, "clip", width=config.hidden_size)
         check_depth(config, source)
-        clip = load_module(lambda: kind(config), source, dtype=dtype, device=device, rename=published_clip)
-    place_positions(clip, config.max_position_embeddings, device)
+        parts = {"text": r".*\.layers\.\d+\..*"}
+        clip = load_parts(lambda: kind(config), source, place, parts, rename=published_clip)
+    place_positions(clip, config.max_position_embeddings, place.device)
     return clip
 
 

@@ -8,6 +8,7 @@ Shapes: B batch, L tokens, D width, P pooled width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,8 +22,8 @@ from transformers import (
 )
 
 from flux_engine.checkpoints.detect import pick
-from flux_engine.checkpoints.load import load_module
-from flux_engine.checkpoints.source import WeightSource
+from flux_engine.checkpoints.source import opened
+from flux_engine.memory import Place, Residents, load_parts
 from flux_engine.quantization.policy import treatment
 from flux_engine.text.encoders import Cache, TextCond, check_depth, load_clip, load_tokenizer, read_config
 
@@ -42,21 +43,21 @@ class FluxTextEncoder:
         *,
         max_sequence_length: int,
         cache_size: int = 64,
+        residents: Residents | None = None,
     ) -> None:
         self.clip_tokenizer, self.clip = clip_tokenizer, clip
         self.t5_tokenizer, self.t5 = t5_tokenizer, t5
         self.max_sequence_length = max_sequence_length
         self._cache: Cache[str, TextCond] = Cache(cache_size)
+        self._residents = residents or Residents()
 
     @classmethod
     def load(
         cls,
         files: Mapping[str, Path],
+        place: Place,
         *,
         max_sequence_length: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        quantization: str = "none",
         cache_size: int = 64,
     ) -> FluxTextEncoder:
         """Read both encoders and their tokenizers: four folders as Hugging Face repositories hold them. Of 8 bits is T5
@@ -65,19 +66,20 @@ class FluxTextEncoder:
         Raises WeightsError for what is not whole.
         """
         # float16 overflows inside T5, which was trained in bfloat16 (huggingface/candle issue 2480).
-        dtype = torch.float32 if dtype == torch.float16 else dtype
-        clip = load_clip(files, "text_encoder", CLIPTextModel, dtype=dtype, device=device)
+        if place.dtype == torch.float16:
+            place = replace(place, dtype=torch.float32)
+        clip = load_clip(files, "text_encoder", CLIPTextModel, place)
         t5_config = read_config(T5Config, files["text_encoder_2/config.json"])
-        with WeightSource.open(files["text_encoder_2"]) as file:
+        with opened(files["text_encoder_2"], keep=place.leaves("text")) as file:
             source = pick(file, "t5")
             check_depth(t5_config, source)
-            t5 = load_module(
+            t5 = load_parts(
                 lambda: T5EncoderModel(t5_config),
                 source,
-                dtype=dtype,
-                device=device,
+                place,
+                {"text": r"encoder\.block\.\d+\..*"},
                 tied={"encoder.embed_tokens.weight": "shared.weight"},
-                treat=treatment("t5", quantization),
+                treat=treatment("t5", place.quantization),
             )
         return cls(
             load_tokenizer(CLIPTokenizer, files["tokenizer"], clip.config.vocab_size),
@@ -86,6 +88,7 @@ class FluxTextEncoder:
             t5,
             max_sequence_length=max_sequence_length,
             cache_size=cache_size,
+            residents=place.residents,
         )
 
     def encode(self, prompts: Sequence[str]) -> TextCond:
@@ -114,6 +117,7 @@ class FluxTextEncoder:
             truncation=True,
             return_tensors="pt",
         ).input_ids
-        pooled = self.clip(clip_ids.to(self.clip.device)).pooler_output
-        tokens = self.t5(t5_ids.to(self.t5.device)).last_hidden_state
+        with self._residents.use("text"):
+            pooled = self.clip(clip_ids.to(self.clip.device)).pooler_output
+            tokens = self.t5(t5_ids.to(self.t5.device)).last_hidden_state
         return TextCond(tokens, pooled)

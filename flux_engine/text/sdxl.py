@@ -19,6 +19,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from flux_engine.checks import MAX_PROMPT_CHARACTERS
 from flux_engine.errors import InvalidRequest, WeightsError
+from flux_engine.memory import Place, Residents
 from flux_engine.text.encoders import Cache, TextCond, load_clip, load_tokenizer
 from flux_engine.text.inversion import token_names
 from flux_engine.text.prompts import Piece, weighted
@@ -85,8 +86,9 @@ class SDXLTextEncoder:
     Source: SDXL (arXiv 2307.01952) section 2.2; Stability-AI/generative-models, configs/inference/sd_xl_base.yaml.
     """
 
-    def __init__(self, readers: Sequence[Reader], *, cache_size: int = 64) -> None:
+    def __init__(self, readers: Sequence[Reader], *, cache_size: int = 64, residents: Residents | None = None) -> None:
         self.readers = tuple(readers)
+        self._residents = residents or Residents()
         self._cache: Cache[tuple[str, bool, int], TextCond] = Cache(cache_size)
         self._plain = tuple(reader.table for reader in self.readers)
         self.learned: tuple[str, ...] = ()
@@ -96,9 +98,8 @@ class SDXLTextEncoder:
     def load(
         cls,
         files: Mapping[str, Path],
+        place: Place,
         *,
-        dtype: torch.dtype,
-        device: torch.device,
         cache_size: int = 64,
     ) -> SDXLTextEncoder:
         """Read both encoders and their tokenizers. Raises WeightsError for what is not whole."""
@@ -107,13 +108,13 @@ class SDXLTextEncoder:
             ("text_encoder", "tokenizer", CLIPTextModel),
             ("text_encoder_2", "tokenizer_2", CLIPTextModelWithProjection),
         ):
-            clip = load_clip(files, part, kind, dtype=dtype, device=device)
+            clip = load_clip(files, part, kind, place)
             readers.append(Reader(load_tokenizer(CLIPTokenizer, files[folder], clip.config.vocab_size), clip))
-        return cls(readers, cache_size=cache_size)
+        return cls(readers, cache_size=cache_size, residents=place.residents)
 
     def second(self) -> SDXLTextEncoder:
         """The second encoder alone, sharing its weights."""
-        second = SDXLTextEncoder(self.readers[-1:], cache_size=self._cache.size)
+        second = SDXLTextEncoder(self.readers[-1:], cache_size=self._cache.size, residents=self._residents)
         second._plain, second.learned, second.words = self._plain[-1:], self.learned, self.words
         return second
 
@@ -221,9 +222,10 @@ class SDXLTextEncoder:
         room = LENGTH - 2
         rows: list[list[Tensor]] = []
         pooled: Tensor | None = None
-        for reader, tokens in zip(self.readers, self._tokens(prompt, weights), strict=True):
-            read = [reader.read(tokens[i * room : (i + 1) * room]) for i in range(chunks)]
-            rows.append([states for states, _ in read])
-            pooled = read[0][1]  # the last encoder's, of the first chunk
+        with self._residents.use("text"):
+            for reader, tokens in zip(self.readers, self._tokens(prompt, weights), strict=True):
+                read = [reader.read(tokens[i * room : (i + 1) * room]) for i in range(chunks)]
+                rows.append([states for states, _ in read])
+                pooled = read[0][1]  # the last encoder's, of the first chunk
         assert pooled is not None
         return TextCond(torch.cat([torch.cat(row, dim=1) for row in rows], dim=-1), pooled)
