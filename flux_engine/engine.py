@@ -206,6 +206,7 @@ class Engine:
             notes=(*job.notes, *_otherwise(job, pipeline.family.quantization), *output.notes),
             controls=output.maps,
             quantization=pipeline.family.quantization,
+            moved=output.moved,
         )
 
     def load_textual_inversion(self, path: str | os.PathLike[str]) -> Inversion:
@@ -319,9 +320,9 @@ def _otherwise(job: Job, scheme: str) -> list[str]:
     """What is to be said where the precision that was asked for is not there."""
     if job.go_fast is None or job.go_fast == (scheme != "none"):
         return []
-    there = "full precision" if scheme == "none" else scheme
-    wanted = "8 bits are" if job.go_fast else "full precision is"
-    return [f"go_fast {job.go_fast}: {wanted} not loaded, {job.spec.name} ran in {there}"]
+    if job.go_fast:
+        return [f"go_fast: no weights of 8 bits are loaded, {job.spec.name} ran in full precision"]
+    return [f"go_fast off: full precision is not loaded, {job.spec.name} ran in {scheme}"]
 
 
 def _convert(picture: torch.Tensor, job: Job) -> Any:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
+from flux_engine.errors import WeightsError
 from flux_engine.models.flux import Flux
 from flux_engine.models.unet import UNet
 from flux_engine.models.vae import AutoEncoder
@@ -22,6 +24,7 @@ from flux_engine.quantization.linears import WORK
 from flux_engine.quantization.policy import place, treatment
 from flux_engine.specs import FluxSpec, ModelSpec, SDXLSpec
 
+Made = TypeVar("Made", bound=nn.Module)
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 SLOW = ":none"
 """Behind the name of a part: of the network in full precision, beside one of 8 bits."""
@@ -89,31 +92,35 @@ def work_of(spec: ModelSpec, dtype: str, quantized: bool, extent: Extent) -> dic
 
     if isinstance(spec, FluxSpec):
         net, length, D = spec.transformer, spec.max_sequence_length, spec.transformer.hidden_size
+        t5 = next(one for one in spec.encoders if isinstance(one, T5Params))
+        reading = 4 if dtype == "float16" else item
         tokens = positions // 4
         blocks = 12 * net.depth + 3 * net.depth_single_blocks + 2
         statics = item * rows * D * (extent.steps * blocks + length)
+        told = length * t5.d_model * (reading + item)  # what was encoded, and what of it is read
+        text = reading * length * (1.5 * t5.heads * length + 5.3 * t5.d_ff)
+        text += 2.5 * wide(max(length, t5.d_model), t5.d_ff)
+        made = 2.4 * told + 2.5 * wide(6 * D, D)
         every = tokens + extent.reference + length
-        denoise = 22.2 * item * rows * every * D + wide(rows * every, 7 * D)
+        denoise = 22.4 * item * rows * every * D + 2 * told + 2 * wide(rows * every, 7 * D)
         denoise += 15 * extent.controlnets * item * rows * tokens * D
-        made, t5 = statics + 3 * wide(6 * D, D), next(one for one in spec.encoders if isinstance(one, T5Params))
-        reading = 4 if dtype == "float16" else item
-        text = reading * length * (3.2 * t5.heads * length + 2.5 * t5.d_ff)
-        text += 3 * wide(max(length, t5.d_model), t5.d_ff)
     else:
         unet = network_of(spec)
         assert isinstance(unet, UNetParams)
-        D, width = unet.block_out_channels, max(one.mlp for one in spec.encoders if isinstance(one, ClipParams))
-        text = 16 * item * 77 * width
+        D, widest = unet.block_out_channels, max(one.mlp for one in spec.encoders if isinstance(one, ClipParams))
+        text = 13.5 * item * 77 * widest
+        told = item * rows * 77 * unet.cross_attention_dim
         statics = item * rows * (77 * _text_channels(unet) + extent.steps * _time_channels(unet))
-        made = 2 * statics + 3 * wide(D[-1], unet.cross_attention_dim)
-        denoise = item * rows * positions * D[0] * (30 + 10 * extent.controlnets) + wide(rows * positions, 8 * D[0])
+        made = told
+        denoise = item * rows * positions * D[0] * (15.2 + 5 * extent.controlnets) + wide(rows * positions, 8 * D[0])
+    several = 1 if isinstance(spec, FluxSpec) and rows == 1 else 2.05  # first row by row, then together
     pixels = extent.width * extent.height * spec.vae.channels * _vae_item(spec, dtype)
     return {
         "text": int(text),
-        "precompute": int(1.3 * made),
+        "precompute": int(several * statics + made),
         "denoise": int(statics + denoise),
-        "autoencoder": int(6.1 * pixels),
-        BY_ROWS: int(3.3 * pixels),
+        "autoencoder": int(6.1 * pixels + 2 * told),
+        BY_ROWS: int(3.3 * pixels + 2 * told),
         REMEMBERED: int(KEPT * statics / rows),
     }
 
@@ -126,11 +133,20 @@ def network_of(spec: ModelSpec) -> FluxParams | UNetParams:
     return spec.unet
 
 
+def _made(make: Callable[[], Made]) -> Made:
+    """A network on the meta device. Raises WeightsError for widths that do not go together."""
+    try:
+        with torch.device("meta"):
+            return make()
+    except (ValueError, ArithmeticError, RuntimeError) as error:
+        raise WeightsError(f"no network can be made as it is described: {error}") from None
+
+
 @lru_cache(maxsize=64)
 def _network(params: FluxParams | UNetParams, scheme: str, item: int) -> tuple[int, int, int]:
     """Bytes of what always stays of a network, of what only its `precompute` reads, and of the rest of its blocks."""
+    net: Any = _made(lambda: Flux(params) if isinstance(params, FluxParams) else UNet(params))
     with torch.device("meta"):
-        net: Any = Flux(params) if isinstance(params, FluxParams) else UNet(params)
         if (treat := treatment("flux" if isinstance(params, FluxParams) else "unet", scheme)) is not None:
             place(net, treat)
     once, blocks = re.compile(str(net.precomputed)), re.compile(str(net.blocks))
@@ -145,8 +161,7 @@ def _network(params: FluxParams | UNetParams, scheme: str, item: int) -> tuple[i
 @lru_cache(maxsize=64)
 def _autoencoder(params: VAEParams) -> tuple[int, int]:
     """How many numbers of it always stay, and how many are in its blocks."""
-    with torch.device("meta"):
-        vae = AutoEncoder(params)
+    vae = _made(lambda: AutoEncoder(params))
     sizes = [0, 0]
     for name, parameter in vae.named_parameters():
         sizes[bool(re.fullmatch(vae.blocks, name))] += parameter.numel()

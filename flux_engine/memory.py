@@ -6,7 +6,9 @@ knows which are there, and is told what is needed next: `with residents.use("net
 
 from __future__ import annotations
 
+import logging
 import re
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,8 +27,12 @@ from flux_engine.plan import PARTS, Plan, Room, TooLarge, Where, said
 from flux_engine.quantization.policy import Treat
 from flux_engine.staging import Staging
 
+log = logging.getLogger(__name__)
+
 Module = TypeVar("Module", bound=nn.Module)
 CPU = torch.device("cpu")
+CLIP_LAYERS, T5_BLOCKS = r".*\.layers\.\d+\..*", r"encoder\.block\.\d+\..*"
+"""What of text encoders leaves, as regular expressions: not their tables, which may have learned tokens behind them."""
 
 
 class Shelf:
@@ -91,6 +97,8 @@ class Residents:
         self._room = plan.room() if plan else Room(None)
         self._shelves: dict[str, list[Shelf]] = {}
         self._work: Mapping[str, int] = {}
+        self.moved = 0
+        """Bytes that came to the device in the last request."""
         self._held: Counter[str] = Counter()
         self._coming: dict[str, Future[None]] = {}
         self._staging: Staging | None = None
@@ -120,7 +128,7 @@ class Residents:
     @contextmanager
     def request(self, work: Mapping[str, int]) -> Iterator[None]:
         """Inside, each stage takes so many bytes beside the weights (`footprint.work_of`)."""
-        self._work = work
+        self._work, self.moved = work, 0
         try:
             yield
         finally:
@@ -197,7 +205,10 @@ class Residents:
             if shelf.away:
                 if self._staging is None:
                     self._staging = Staging.on(shelf.filling.device)
+                began = time.perf_counter()
                 shelf.bring(self._staging)
+                self.moved += shelf.bytes
+                log.info("%s: %s in %.2f s", part, said(shelf.bytes), time.perf_counter() - began)
 
     def _leave(self, parts: Sequence[str]) -> None:
         for part in parts:

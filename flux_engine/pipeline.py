@@ -56,6 +56,8 @@ class Output:
     notes: list[str]
     maps: tuple[Image.Image, ...] = ()
     """The control pictures, as the networks read them."""
+    moved: int = 0
+    """Bytes of weights that came to the device."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class Pipeline:
                         for one in made.latent.split(1):
                             check_cancelled(cancel)
                             pictures.append(pasted_back(self._decode(one, made.notes), job.inputs))
-        return Output(pictures, clock.seconds, made.notes, made.maps)
+        return Output(pictures, clock.seconds, made.notes, made.maps, family.residents.moved)
 
     def _work(self, job: Job) -> Mapping[str, int]:
         """Bytes that each stage of a job takes beside the weights."""

@@ -100,7 +100,7 @@ class Plan:
     resident: int
     """Bytes of weights on the device while it denoises."""
     moved: int
-    """Bytes that come to the device for a request with a new prompt."""
+    """Bytes that come to the device for a request with a new prompt; of two precisions for one of each."""
     seconds: float
     """That this takes, by the speed of the link."""
 
@@ -228,7 +228,8 @@ class _Asked:
             if last:
                 break
         leaves = self._leaves(left, sizes)
-        made = room.total(part for part in room.sizes if part.startswith("network") or part not in left)
+        stays = room.total(part for part in room.sizes if part not in left)
+        looping = [room.sizes["network" + mark] for mark in ("", SLOW)[: len(schemes)] if "network" + mark in left]
         link = {"host": self.card.link, "file": FILE_SPEED}
         slowest = min((link[where] for where in leaves.values()), default=float("inf"))
         return Plan(
@@ -243,7 +244,7 @@ class _Asked:
             whole_up_to=whole_up_to,
             by_rows=by_rows,
             peaks=peaks,
-            resident=made,
+            resident=stays + max(looping, default=0),
             moved=moved,
             seconds=moved / slowest,
         )
@@ -275,7 +276,7 @@ def _refusal(asked: _Asked, lacking: Mapping[tuple[str, ...], int]) -> str:
 
 
 def said(size: int) -> str:
-    """Bytes, to be read."""
+    """Bytes, for people."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 

@@ -31,6 +31,8 @@ class Result:
     """The control pictures that the networks read, as the preprocessors made them."""
     quantization: str = "none"
     """The scheme that the network ran in."""
+    moved: int = 0
+    """Bytes of weights that came to the device for it."""
 
     @property
     def image(self) -> Any:

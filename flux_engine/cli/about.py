@@ -10,7 +10,7 @@ from typing import Any
 import flux_engine
 from flux_engine import __version__, hub
 from flux_engine.cli.output import show
-from flux_engine.config import QUANTIZATIONS, EngineConfig
+from flux_engine.config import MEMORY, QUANTIZATIONS, EngineConfig
 from flux_engine.replicate.schemas import SCHEMAS, find_schema
 
 
@@ -21,6 +21,7 @@ def add(commands: Any) -> None:
     info.add_argument("--device")
     info.add_argument("--dtype")
     info.add_argument("--quantization", metavar="SCHEME", help=", ".join(QUANTIZATIONS))
+    info.add_argument("--memory", metavar="SIZE", help=f"that may be taken, as 12GB; or {', '.join(MEMORY)}")
     info.add_argument("--json", action="store_true")
     info.set_defaults(run=_info)
 
@@ -49,7 +50,9 @@ def _info(args: argparse.Namespace) -> None:
         "weights": str(hub.weights_folder()),
     }
     if args.model:
-        engine = flux_engine.load(args.model, device=args.device, dtype=args.dtype, quantization=args.quantization)
+        engine = flux_engine.load(
+            args.model, device=args.device, dtype=args.dtype, quantization=args.quantization, memory=args.memory
+        )
         report["model"] = engine.describe()
     if args.json:
         show(json.dumps(report))

@@ -14,7 +14,7 @@ import flux_engine
 from flux_engine import files, hub
 from flux_engine.cli import sources
 from flux_engine.cli.output import show, since_process_start, tell
-from flux_engine.config import DTYPES, QUANTIZATIONS, EngineConfig
+from flux_engine.config import DTYPES, MEMORY, QUANTIZATIONS, EngineConfig
 from flux_engine.errors import InvalidRequest
 from flux_engine.request import MATCH_INPUT_IMAGE, Job, Request
 from flux_engine.sizes import MATCH_INPUT, MEGAPIXELS, PUBLISHED_SIZES
@@ -53,6 +53,7 @@ def _add_drawing(generate: argparse.ArgumentParser) -> None:
     generate.add_argument("--device", help="auto, cpu, cuda, cuda:N")
     generate.add_argument("--dtype", help=", ".join(DTYPES))
     generate.add_argument("--quantization", metavar="SCHEME", help=", ".join(QUANTIZATIONS))
+    generate.add_argument("--memory", metavar="SIZE", help=f"that may be taken, as 12GB; or {', '.join(MEMORY)}")
     generate.add_argument("--negative-prompt")
     generate.add_argument(
         "--aspect-ratio", metavar="W:H", help=f"one of {', '.join(PUBLISHED_SIZES)}; or {MATCH_INPUT_IMAGE}"
@@ -77,7 +78,9 @@ def _add_drawing(generate: argparse.ArgumentParser) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    config = EngineConfig.from_environment(device=args.device, dtype=args.dtype, quantization=args.quantization)
+    config = EngineConfig.from_environment(
+        device=args.device, dtype=args.dtype, quantization=args.quantization, memory=args.memory
+    )
     known = hub.manifests(config.weights)
     spec = refined(_spec(args.model, known, config), _spec(args.refiner, known, config) if args.refiner else None)
     request = _request(args)
@@ -92,6 +95,7 @@ def _generate(args: argparse.Namespace) -> None:
         device=args.device,
         dtype=args.dtype,
         quantization=args.quantization,
+        memory=args.memory,
         refiner=args.refiner,
         controlnets=beside.controlnets,
         redux=beside.redux,

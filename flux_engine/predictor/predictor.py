@@ -55,12 +55,14 @@ class Predictor:
         device: str | None = None,
         dtype: str | None = None,
         quantization: str | None = None,
+        memory: str | int | None = None,
         output_dir: Path | None = None,
         say: Callable[[str], None] = say_line,
     ) -> None:
         """`model` defaults to the one that the schema is published for. `controlnets`, `redux` and `refiner` are loaded
         with it, as `load` takes them; "auto" is what is published with it, and with another model ControlNets for the
-        same kinds of control picture and no refiner. `output_dir` receives a folder for every prediction (default: the
+        same kinds of control picture and no refiner. With quantization "both" `go_fast` chooses between 8 bits and full
+        precision. `output_dir` receives a folder for every prediction (default: the
         system's temporary folder). `say` takes the log's lines.
 
         Raises UnknownSchema, UnknownModel, or WeightsError for a path to nothing.
@@ -79,7 +81,7 @@ class Predictor:
         for name in (self.model, self.refiner):
             if name is not None:
                 hub.refer(os.fspath(name), known)
-        self.device, self.dtype, self.quantization = device, dtype, quantization
+        self.device, self.dtype, self.quantization, self.memory = device, dtype, quantization, memory
         self.output_dir = output_dir
         self.say = say
         self._engine: Engine | None = None
@@ -114,6 +116,7 @@ class Predictor:
                     device=self.device,
                     dtype=self.dtype,
                     quantization=self.quantization,
+                    memory=self.memory,
                     refiner=self.refiner,
                     controlnets=self.controlnets,
                     redux=self.redux,
@@ -153,8 +156,6 @@ class Predictor:
     def _not_in_force(self, values: Mapping[str, Any]) -> list[str]:
         """What was asked for and is not done."""
         lines: list[str] = []
-        if values.get("go_fast"):
-            lines.append(f"go_fast: no 8-bit weights are in force, running {self.model} as loaded")
         if values.get("disable_safety_checker") is False:
             lines.append("safety: unchecked, no safety checker is installed")
         if values.get("apply_watermark"):

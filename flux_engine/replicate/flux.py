@@ -59,6 +59,7 @@ GO_FAST = Input(
     name="go_fast",
     type="boolean",
     default=True,
+    field="go_fast",
     description="Allow 8-bit weights for speed; otherwise 16-bit",
 )
 MEGAPIXELS_INPUT = Input(

@@ -26,7 +26,7 @@ from flux_engine.checkpoints.detect import pick
 from flux_engine.checkpoints.source import WeightSource, opened
 from flux_engine.checkpoints.tables import published_clip
 from flux_engine.errors import WeightsError
-from flux_engine.memory import Place, load_parts
+from flux_engine.memory import CLIP_LAYERS, Place, load_parts
 
 Config = TypeVar("Config", CLIPTextConfig, T5Config)
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
@@ -48,6 +48,9 @@ class TextCond:
     def each(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Tokens and pooled vector of every row, each as a batch of one."""
         return zip(self.tokens.split(1), self.pooled.split(1), strict=True)
+
+    def to(self, device: torch.device | str) -> TextCond:
+        return TextCond(self.tokens.to(device), self.pooled.to(device))
 
     @staticmethod
     def cat(parts: Sequence[TextCond]) -> TextCond:
@@ -94,7 +97,7 @@ def load_clip(
     with opened(files[part], keep=place.leaves("text")) as file:
         source = pick(file, "clip", width=config.hidden_size)
         check_depth(config, source)
-        parts = {"text": r".*\.layers\.\d+\..*"}
+        parts = {"text": CLIP_LAYERS}
         clip = load_parts(lambda: kind(config), source, place, parts, rename=published_clip)
     place_positions(clip, config.max_position_embeddings, place.device)
     return clip

@@ -23,7 +23,7 @@ from transformers import (
 
 from flux_engine.checkpoints.detect import pick
 from flux_engine.checkpoints.source import opened
-from flux_engine.memory import Place, Residents, load_parts
+from flux_engine.memory import T5_BLOCKS, Place, Residents, load_parts
 from flux_engine.quantization.policy import treatment
 from flux_engine.text.encoders import Cache, TextCond, check_depth, load_clip, load_tokenizer, read_config
 
@@ -77,7 +77,7 @@ class FluxTextEncoder:
                 lambda: T5EncoderModel(t5_config),
                 source,
                 place,
-                {"text": r"encoder\.block\.\d+\..*"},
+                {"text": T5_BLOCKS},
                 tied={"encoder.embed_tokens.weight": "shared.weight"},
                 treat=treatment("t5", place.quantization),
             )
@@ -93,7 +93,10 @@ class FluxTextEncoder:
 
     def encode(self, prompts: Sequence[str]) -> TextCond:
         """Encode prompts, a row for each. What is over T5's limit is not read; `tokens_over` tells."""
-        return TextCond.cat([self._cache.get(prompt, lambda p=prompt: self._encode_one(p)) for prompt in prompts])
+        device = self.clip.device
+        # What is remembered is on the host: 64 prompts take a quarter of a gigabyte.
+        rows = [self._cache.get(prompt, lambda p=prompt: self._encode_one(p).to("cpu")) for prompt in prompts]
+        return TextCond.cat([row.to(device) for row in rows])
 
     def tokens_over(self, prompt: str) -> int:
         """By how many T5 tokens a prompt is over the limit; 0 if it fits.

@@ -127,7 +127,9 @@ class SDXLTextEncoder:
         rows: list[TextCond] = []
         for prompt in prompts:
             text = prompt or ""
-            cond = self._cache.get((text, weights, count), lambda t=text: self._encode_one(t, weights, count))
+            key = (text, weights, count)
+            cond = self._cache.get(key, lambda t=text: self._encode_one(t, weights, count).to("cpu"))
+            cond = cond.to(self.readers[0].clip.device)
             if prompt is None:
                 cond = TextCond(torch.zeros_like(cond.tokens), torch.zeros_like(cond.pooled))
             rows.append(cond)
