@@ -1,10 +1,13 @@
-"""What loading in 8 bits takes, measured: a FLUX.1 transformer of true width, read from a file in bfloat16.
+"""What loading in 8 bits takes, measured; and what the published models take on every card, counted dry.
 
-python -m benchmarks.memory [--scheme int8] [--double 2] [--single 4] [--folder F]
+python -m benchmarks.memory [--scheme int8] [--double 2] [--single 4] [--folder F] [--host-memory 48] [--only PART]
 
-The file is written first, with random numbers, and deleted at the end. In between, in a process of its own, the peak
-of resident memory (VmHWM) is taken from before the file is opened to when the network is there. The least there can be
-are the bytes of the network.
+Loading: a FLUX.1 transformer of true width is read from a file in bfloat16, which is written first, with random
+numbers, and deleted at the end. In between, in a process of its own, the peak of resident memory (VmHWM) is taken from
+before the file is opened to when the network is there. The least there can be are the bytes of the network.
+Cards: FLUX.1 dev and schnell and SDXL draw two pictures of 1024 px on tensors without numbers (planned.py), under the
+plan for each card. "network" is what is read in every step, in the blocks; "leaves" is what waits on the host meanwhile, "resident" the weights in the loop, "moved" what comes
+for a new prompt; "whole" is the loop with nothing leaving, whatever the card has room for.
 """
 
 from __future__ import annotations
@@ -20,10 +23,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from benchmarks import planned
 from benchmarks.harness import machine
 from flux_engine.models.flux import Flux
 from flux_engine.params import FluxParams
 from flux_engine.quantization.linears import SCHEMES
+from flux_engine.specs import FLUX_DEV, FLUX_SCHNELL, SDXL
 
 ALLOWED = 1.15, 300e6
 """Of the network's bytes, and beside them."""
@@ -90,6 +95,27 @@ def loading(folder: Path, scheme: str, params: FluxParams) -> dict[str, Any]:
     return found | {"source": size, "allowed": ALLOWED[0] * found["bytes"] + ALLOWED[1]}
 
 
+def show_cards(host_memory: int) -> list[dict[str, Any]]:
+    """Print a line for every model, card and precision."""
+    sys.stdout.write(
+        f"{'':13}{'':12}{'':6}{'network':>8}{'whole':>7}{'peak':>7}   {'resident':>8}{'foretold':>9}{'peak':>7}{'foretold':>9}"
+        f"{'moved':>7}  leaves\n"
+    )
+    lines: list[dict[str, Any]] = []
+    for one in planned.table([FLUX_DEV, FLUX_SCHNELL, SDXL], host_memory):
+        lines.append(one)
+        said = f"{one['model']:13}{one['card']:12}{one['scheme']:6}{one['network'] / 1e9:8.2f}"
+        said += f"{one['whole'] / 1e9:7.2f}{one['whole peak'] / 1e9:7.2f}"
+        if "refused" in one:
+            sys.stdout.write(f"{said}   {one['refused']}\n")
+            continue
+        figures = (one["resident"], one["foretold"], one["peak"], one["foretold peak"], one["moved"])
+        widths = (8, 9, 7, 9, 7)
+        said += "   " + "".join(f"{figure / 1e9:{width}.2f}" for figure, width in zip(figures, widths, strict=True))
+        sys.stdout.write(f"{said}  {', '.join(one['leaves']) or 'nothing'}\n")
+    return lines
+
+
 def main() -> None:
     """Measure, print; ends in one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -97,7 +123,19 @@ def main() -> None:
     parser.add_argument("--double", type=int, default=2, help="double blocks, of 19")
     parser.add_argument("--single", type=int, default=4, help="single blocks, of 38")
     parser.add_argument("--folder", type=Path, help="where there is room for the file; else the system's temporary one")
+    parser.add_argument("--host-memory", type=float, default=48, metavar="GB", help="for what leaves a card")
+    parser.add_argument("--only", choices=("loading", "cards"))
     args = parser.parse_args()
+    line: dict[str, Any] = {"machine": machine()}
+    if args.only != "cards":
+        line |= show_loading(args)
+    if args.only != "loading":
+        line["cards"] = show_cards(int(args.host_memory * 1e9))
+    sys.stdout.write(json.dumps(line) + "\n")
+
+
+def show_loading(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure, and print it."""
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         found = loading(Path(folder), args.scheme, FluxParams(depth=args.double, depth_single_blocks=args.single))
     sys.stdout.write(
@@ -105,8 +143,7 @@ def main() -> None:
         f"peak {found['peak'] / 1e6:,.0f} MB over {found['before'] / 1e6:,.0f} MB: "
         f"{found['peak'] / found['bytes']:.3f} of the network, allowed {found['allowed'] / 1e6:,.0f} MB\n"
     )
-    line = {"scheme": args.scheme, "double": args.double, "single": args.single, "machine": machine(), **found}
-    sys.stdout.write(json.dumps(line) + "\n")
+    return {"scheme": args.scheme, "double": args.double, "single": args.single, **found}
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ goes as it would, by the library's own residents; only what is brought are tenso
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,9 +25,11 @@ from transformers import (
 
 from benchmarks.dry_run import CUDA, Card, PlainSDXL, dry_run, placed
 from flux_engine import hub
+from flux_engine.errors import OutOfMemory
 from flux_engine.families.base import Family, Walk, parts_of
 from flux_engine.families.flux import FluxFamily
 from flux_engine.footprint import Extent, work_of
+from flux_engine.hardware import CARDS
 from flux_engine.hardware import Card as Device
 from flux_engine.memory import CLIP_LAYERS, T5_BLOCKS, Place, Precompute, Residents, Shelf
 from flux_engine.models.flux import Flux
@@ -218,7 +220,7 @@ def _watched(family: Family[Any], card: Card) -> Any:
         return measuring
 
     def looped(stage: Any, *args: Any) -> Walk:
-        forward, last = family.net.forward, [None]
+        forward, last = family.net.forward, list[Any]([None])
         pipeline.looping = sum(
             parameter.nbytes
             for network in family.networks().values()
@@ -247,24 +249,64 @@ def _watched(family: Family[Any], card: Card) -> Any:
 
 def job_of(spec: ModelSpec, extent: Extent) -> Job:
     """A request of this extent."""
-    fields = {"width": extent.width, "height": extent.height, "num_outputs": extent.pictures, "seed": 0}
-    return Request(prompt="a red star", num_inference_steps=extent.steps, output_type="pt", **fields).resolve(spec)
+    request = Request(
+        prompt="a red star",
+        width=extent.width,
+        height=extent.height,
+        num_outputs=extent.pictures,
+        num_inference_steps=extent.steps,
+        output_type="pt",
+        seed=0,
+    )
+    return request.resolve(spec)
 
 
-def on(spec: ModelSpec, device: Device, scheme: str, *, host_memory: int, evict: bool = True) -> Counted:
-    """A picture of the model's own size on a card. Without `evict` the card is given room for everything.
-
-    Raises OutOfMemory for what does not fit.
-    """
+def on(
+    spec: ModelSpec, device: Device, scheme: str, *, host_memory: int | None = None, memory: int | None = None
+) -> Counted:
+    """A picture of the model's own size on a card, or on one of other memory. Raises OutOfMemory for what does not
+    fit."""
     extent = Extent.default(spec)
-    memory = None if evict else 10**12
     made = plan(spec, device, precisions=[scheme], host_memory=host_memory, memory=memory, extent=extent)
     return count(spec, made, job_of(spec, extent))
 
 
-def foretold(counted: Counted, spec: ModelSpec) -> dict[str, tuple[int, int]]:
-    """Stage -> bytes beside the weights that were foretold, and counted."""
+def table(models: Sequence[ModelSpec], host_memory: int) -> Iterator[dict[str, Any]]:
+    """Every model in full precision and in 8 bits on every card: what is foretold and what is counted, with what has no
+    room leaving, and what it would take with nothing leaving. Cards on which the same happens are run once."""
+    done: dict[tuple[Any, ...], Counted] = {}
+
+    def counted(spec: ModelSpec, made: Plan) -> Counted:
+        key = (spec.name, made.dtype, made.schemes, *made.leaves.items(), made.by_rows, bool(made.leaves) * made.card)
+        if key not in done:
+            done[key] = count(spec, made, job_of(spec, Extent.default(spec)))
+        return done[key]
+
+    small = replace(CARDS["RTX 4090"], name="12 GB", memory=int(12.6e9))
+    for spec in models:
+        for card in (small, *CARDS.values()):
+            for scheme in ("none", card.best):
+                line: dict[str, Any] = {"model": spec.name, "card": card.name, "scheme": scheme}
+                whole = counted(spec, plan(spec, card, precisions=[scheme], memory=10**12))
+                line |= {
+                    "network": whole.plan.sizes["network"],
+                    "dtype": whole.plan.dtype,
+                    "whole": whole.looping,
+                    "whole peak": whole.peak,
+                }
+                try:
+                    found = counted(spec, plan(spec, card, precisions=[scheme], host_memory=host_memory))
+                except OutOfMemory as error:
+                    yield line | {"refused": str(error)}
+                    continue
+                line |= {"leaves": dict(found.plan.leaves), "resident": found.looping, "foretold": found.plan.resident}
+                line |= {"peak": found.peak, "foretold peak": found.plan.peak, "moved": found.moved}
+                yield line | {"autoencoder": "by rows" if found.plan.by_rows else "whole"}
+
+
+def foretold(counted: Counted, spec: ModelSpec, extent: Extent) -> dict[str, tuple[int, int]]:
+    """Stage -> bytes beside the weights that were foretold, and counted; of a model of which nothing leaves."""
     made = counted.plan
-    work = work_of(spec, made.dtype, made.schemes[0] != "none", Extent.default(spec))
+    work = work_of(spec, made.dtype, made.schemes[0] != "none", extent)
     weights = made.always + sum(made.sizes.values())
     return {stage: (work[stage], peak - weights) for stage, peak in counted.peaks.items()}

@@ -164,7 +164,7 @@ class Residents:
     def _beside(self, part: str) -> int:
         stage = PARTS.get(part.partition(":")[0], "")
         work = self._work.get(BY_ROWS if stage == "autoencoder" and self.by_rows else stage, 0)
-        remembers = stage != "text" and any(name.startswith("modulation") for name in self._shelves)
+        remembers = any(name.startswith("modulation") for name in self._shelves)
         return work + (self._work.get(REMEMBERED, 0) if remembers else 0)
 
     def _make_room(self, part: str, beside: int) -> None:

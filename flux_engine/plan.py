@@ -214,22 +214,19 @@ class _Asked:
             if most > self.capacity:
                 raise TooLarge(most - self.capacity)
         left: set[str] = set()
-        moved, peaks = 0, dict.fromkeys(STAGES, 0)
-        for last in (False, False, True):
-            moved = 0
+        moved, resident, peaks = 0, 0, dict.fromkeys(STAGES, 0)
+        for _ in range(3):  # what leaves at first may not be all
+            moved, resident, peaks = 0, 0, dict.fromkeys(STAGES, 0)
             for mark in ("", SLOW)[: len(schemes)]:
                 for part, stage in PARTS.items():
                     name = part + mark if part in ("network", "modulation") else part
                     before = set(room.present)
-                    remembered = work[REMEMBERED] if stage != "text" and "modulation" + mark in left else 0
+                    remembered = work[REMEMBERED] if "modulation" + mark in left else 0
                     left |= set(room.need([name], work[stage] + remembered))
                     moved += room.sizes[name] if name not in before else 0
                     peaks[stage] = max(peaks[stage], room.total() + work[stage] + remembered)
-            if last:
-                break
+                    resident = max(resident, room.total()) if stage == "denoise" else resident
         leaves = self._leaves(left, sizes)
-        stays = room.total(part for part in room.sizes if part not in left)
-        looping = [room.sizes["network" + mark] for mark in ("", SLOW)[: len(schemes)] if "network" + mark in left]
         link = {"host": self.card.link, "file": FILE_SPEED}
         slowest = min((link[where] for where in leaves.values()), default=float("inf"))
         return Plan(
@@ -244,7 +241,7 @@ class _Asked:
             whole_up_to=whole_up_to,
             by_rows=by_rows,
             peaks=peaks,
-            resident=stays + max(looping, default=0),
+            resident=resident,
             moved=moved,
             seconds=moved / slowest,
         )
