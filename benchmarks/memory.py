@@ -6,8 +6,8 @@ Loading: a FLUX.1 transformer of true width is read from a file in bfloat16, whi
 numbers, and deleted at the end. In between, in a process of its own, the peak of resident memory (VmHWM) is taken from
 before the file is opened to when the network is there. The least there can be are the bytes of the network.
 Cards: FLUX.1 dev and schnell and SDXL draw two pictures of 1024 px on tensors without numbers (planned.py), under the
-plan for each card. "network" is what is read in every step, in the blocks; "leaves" is what waits on the host meanwhile, "resident" the weights in the loop, "moved" what comes
-for a new prompt; "whole" is the loop with nothing leaving, whatever the card has room for.
+plan for each card. "network" are the blocks without modulation; "leaves" is what waits on the host meanwhile,
+"resident" the weights in the loop, "moved" what comes for a new prompt; "whole" is the loop with nothing leaving, whatever the card has room for.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def loading(folder: Path, scheme: str, params: FluxParams) -> dict[str, Any]:
 def show_cards(host_memory: int) -> list[dict[str, Any]]:
     """Print a line for every model, card and precision."""
     sys.stdout.write(
-        f"{'':13}{'':12}{'':6}{'network':>8}{'whole':>7}{'peak':>7}   {'resident':>8}{'foretold':>9}{'peak':>7}{'foretold':>9}"
-        f"{'moved':>7}  leaves\n"
+        f"{'':13}{'':12}{'':6}{'network':>8}{'whole':>7}{'peak':>7}   {'resident':>8}{'foretold':>9}{'peak':>7}"
+        f"{'foretold':>9}{'moved':>7}  leaves\n"
     )
     lines: list[dict[str, Any]] = []
     for one in planned.table([FLUX_DEV, FLUX_SCHNELL, SDXL], host_memory):
