@@ -7,7 +7,8 @@ numbers, and deleted at the end. In between, in a process of its own, the peak o
 before the file is opened to when the network is there. The least there can be are the bytes of the network.
 Cards: FLUX.1 dev and schnell and SDXL draw two pictures of 1024 px on tensors without numbers (planned.py), under the
 plan for each card. "network" are the blocks without modulation; "leaves" is what waits on the host meanwhile,
-"resident" the weights in the loop, "moved" what comes for a new prompt; "whole" is the loop with nothing leaving, whatever the card has room for.
+"resident" the weights in the loop, "moved" what comes for a new prompt; "whole" is the loop with nothing leaving,
+whatever the card has room for.
 """
 
 from __future__ import annotations

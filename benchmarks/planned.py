@@ -104,7 +104,7 @@ def _kind(name: str, parameter: Tensor, dtype: torch.dtype) -> torch.dtype:
 
 def family_of(spec: ModelSpec, dtype: str, scheme: str, residents: Residents) -> Family[Any]:
     """A model of these sizes, its networks on the meta device."""
-    place = Place(DTYPES[dtype], CUDA, scheme, residents)
+    place = Place(DTYPES[dtype], CUDA, scheme, residents=residents)
     demo = hub.weights_folder() / "demo"
     with torch.device("meta"):
         net: Any = Flux(spec.transformer) if isinstance(spec, FluxSpec) else UNet(_sdxl(spec).unet)

@@ -72,8 +72,9 @@ def sizes_of(spec: ModelSpec, dtype: str, schemes: Sequence[str]) -> Sizes:
         rest, parts["modulation" + mark], parts["network" + mark] = _network(network_of(spec), scheme, item)
         always += rest
     reading = 4 if dtype == "float16" and isinstance(spec, FluxSpec) else item  # T5 runs over in float16
+    read = "none" if "none" in schemes else schemes[0]  # both precisions share the text encoders
     for encoder in spec.encoders:
-        layers, rest = _t5(encoder, schemes[0], reading) if isinstance(encoder, T5Params) else _clip(encoder, reading)
+        layers, rest = _t5(encoder, read, reading) if isinstance(encoder, T5Params) else _clip(encoder, reading)
         parts["text"] = parts.get("text", 0) + layers
         always += rest
     rest, parts["vae"] = (count * _vae_item(spec, dtype) for count in _autoencoder(spec.vae))

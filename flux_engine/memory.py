@@ -245,6 +245,8 @@ class Place:
     device: torch.device = CPU
     quantization: str = "none"
     """The scheme that was asked for."""
+    encoders: str | None = None
+    """The scheme of text encoders, if it is another one."""
     residents: Residents = field(default_factory=Residents)
     mark: str = ""
     """Behind the names of the parts, which tells them from those of another network."""

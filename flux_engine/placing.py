@@ -51,7 +51,7 @@ def decide(
     schemes = (scheme, "none") if both else (scheme,)
     if config.memory in ("resident", "evict"):
         residents = Residents(evict=config.memory == "evict")
-        return Placing(Place(dtype, device, scheme, residents), schemes, None)
+        return Placing(_place(dtype, device, schemes, residents), schemes, None)
     precisions = [scheme]
     if config.quantization == "auto" and saved is None:  # where full precision has no room, int8 may
         precisions += [other for other in ("int8",) if other != scheme]
@@ -67,7 +67,13 @@ def decide(
         beside=int(item * sum(map(_numbers, beside))),
     )
     residents = Residents(made, strict=config.memory != "auto")
-    return Placing(Place(dtype, device, made.schemes[0], residents), made.schemes, made)
+    return Placing(_place(dtype, device, made.schemes, residents), made.schemes, made)
+
+
+def _place(dtype: torch.dtype, device: torch.device, schemes: tuple[str, ...], residents: Residents) -> Place:
+    """Both precisions share the text encoders, which are then in full precision, so that nothing of it is lost."""
+    encoders = "none" if "none" in schemes else None
+    return Place(dtype, device, schemes[0], encoders, residents)
 
 
 def _numbers(file: Path) -> int:

@@ -79,7 +79,7 @@ class FluxTextEncoder:
                 place,
                 {"text": T5_BLOCKS},
                 tied={"encoder.embed_tokens.weight": "shared.weight"},
-                treat=treatment("t5", place.quantization),
+                treat=treatment("t5", place.encoders or place.quantization),
             )
         return cls(
             load_tokenizer(CLIPTokenizer, files["tokenizer"], clip.config.vocab_size),
