@@ -84,7 +84,7 @@ def by_schnell(schnell: Engine) -> Report:
 @pytest.fixture(scope="module")
 def by_dev(dev: Engine) -> Report:
     """What demo-dev draws in its own."""
-    return measured(dev, 400, held_out=True)
+    return measured(dev, 200, held_out=True)
 
 
 @pytest.mark.full
@@ -130,14 +130,38 @@ def sdxl() -> Engine:
     return flux_engine.load("demo-sdxl")
 
 
-@pytest.mark.full
-def test_demo_sdxl_draws_what_it_is_asked_for(sdxl: Engine) -> None:
-    assert share(measured(sdxl, 400, held_out=True).adherence) >= 0.90
+@pytest.fixture(scope="module")
+def by_sdxl(sdxl: Engine) -> Report:
+    return measured(sdxl, 400, held_out=True)
+
+
+@pytest.fixture(scope="module")
+def by_turbo() -> Report:
+    return measured(flux_engine.load("demo-sdxl-turbo"), 400)
 
 
 @pytest.mark.full
-def test_demo_sdxl_turbo_draws_in_four_steps() -> None:
-    assert share(measured(flux_engine.load("demo-sdxl-turbo"), 400).adherence) >= 0.85
+def test_demo_sdxl_draws_what_it_is_asked_for(by_sdxl: Report) -> None:
+    assert share(by_sdxl.adherence) >= 0.90
+
+
+@pytest.mark.full
+def test_demo_sdxl_turbo_draws_in_four_steps(by_turbo: Report) -> None:
+    assert share(by_turbo.adherence) >= 0.85
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [("demo-schnell", "by_schnell"), ("demo-dev", "by_dev"), ("demo-sdxl", "by_sdxl"), ("demo-sdxl-turbo", "by_turbo")],
+)
+def test_in_8_bits_they_draw_what_they_draw(model: str, name: str, scheme: str, request: pytest.FixtureRequest) -> None:
+    """The same scenes from the same seeds."""
+    whole: Report = request.getfixturevalue(name)
+    report = measured(flux_engine.load(model, quantization=scheme), len(whole.asked))
+    print(f"{model} in full precision {whole.adherence}, in {scheme} {report.adherence}")  # noqa: T201
+    assert abs(share(report.adherence) - share(whole.adherence)) <= 0.02
 
 
 @pytest.mark.full
