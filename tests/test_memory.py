@@ -30,6 +30,7 @@ from flux_engine.assemble import find_model
 from flux_engine.checkpoints.load import Filling
 from flux_engine.config import EngineConfig
 from flux_engine.families.load import load_family, sized
+from flux_engine.footprint import Extent
 from flux_engine.hardware import processor
 from flux_engine.memory import Place, Residents
 from flux_engine.models.flux import Flux
@@ -170,11 +171,12 @@ def test_from_the_host_as_from_the_file() -> None:
     found = find_model("demo-schnell", EngineConfig())
     spec = sized(found.spec, found.parts)
     assert isinstance(spec, FluxSpec)
-    made = plan(spec, processor(10**9), precisions=["int8"], dtype="float32", both=True)
+    extent = Extent.default(spec, steps=2)
+    made = plan(spec, processor(10**9), precisions=["int8"], dtype="float32", both=True, extent=extent)
     leaves: dict[str, Where] = {part: "host" for part in made.sizes if part != "vae"}
     stays = made.always + made.sizes["vae"]
     work = {part: made.peaks[PARTS[part.partition(":")[0]]] - made.resident for part in made.sizes}
-    room = stays + max(size + work[part] for part, size in made.sizes.items() if part != "vae") + 10**6
+    room = stays + max(size + work[part] for part, size in made.sizes.items() if part != "vae") + 10**5
     made = replace(made, leaves=leaves, capacity=room, whole_up_to=None, schemes=("int8", "none"))
     place = Place(torch.float32, torch.device("cpu"), "int8", "none", Residents(made))
     family = load_family(spec, found.parts, place, embedding_cache=0)
