@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
+from flux_engine import hub
 from flux_engine.assemble import Model, find_model
-from flux_engine.checkpoints.detect import Kind, pick
+from flux_engine.checkpoints.detect import Kind, parts_of, pick
 from flux_engine.checkpoints.export import new_folder
+from flux_engine.checkpoints.folders import holds_weights
 from flux_engine.checkpoints.quantized import Saved, write_quantized
 from flux_engine.checkpoints.source import WeightSource
 from flux_engine.config import EngineConfig
@@ -18,6 +21,7 @@ from flux_engine.ledger import Ledger
 from flux_engine.quantization.policy import POLICIES
 from flux_engine.recognition import CONFIGS, PARTS, PLAIN, SAID
 
+CONTROLNETS: tuple[Kind, ...] = ("flux_controlnet", "unet_controlnet")
 SAVED = ("int8", "fp8", "fp8-storage")
 """Schemes that a model can be saved in."""
 
@@ -35,7 +39,8 @@ def quantize(
     loading the model with `quantization=scheme`. Memory holds some rows of a tensor at a time.
 
     `model`, `revision`, `variant` and `offline` are as in `load`. The transformer or UNet and T5 are of 8 bits, the
-    rest is written as it is. Returns the folder.
+    rest is written as it is. A ControlNet, by its name or path, is saved alone: `load(controlnets={"canny": folder})`.
+    Returns the folder.
     Raises UnknownModel, WeightsError, InvalidRequest for another scheme, or OutputError; then nothing is left of it.
     """
     if scheme not in SAVED:
@@ -44,8 +49,14 @@ def quantize(
         raise OutputError(f"a folder is named by a text or a path, not by {folder!r}")
     config = EngineConfig.from_environment()
     name = os.fspath(model) if isinstance(model, os.PathLike) else model
-    found = find_model(name, config, revision=revision, variant=variant, offline=offline)
     folder, ledger = Path(folder), Ledger(config.cache)
+    controlnet = _controlnet(name, config, offline=offline)
+    if controlnet is not None:
+        path, kind = controlnet
+        with new_folder(folder) as made:
+            _write(path, kind, scheme, made / "model.safetensors", ledger, spec=kind)
+        return folder
+    found = find_model(name, config, revision=revision, variant=variant, offline=offline)
     with new_folder(folder) as made:
         for part, kind in PARTS[found.spec.family].weights.items():
             if part in found.parts:
@@ -63,18 +74,72 @@ def quantize(
     return folder
 
 
+def check_source(folder: str | os.PathLike[str], model: str | os.PathLike[str], *, offline: bool = False) -> None:
+    """Whether a model that `quantize` saved was made of what `model` is now, by the digests of its files.
+
+    Raises WeightsError if it was not, or is no such model; UnknownModel.
+    """
+    config = EngineConfig.from_environment()
+    name, folder, ledger = os.fspath(model), Path(folder), Ledger(config.cache)
+    controlnet = _controlnet(name, config, offline=offline)
+    if controlnet is not None:
+        pairs = {folder: controlnet[0]}
+    else:
+        found = find_model(name, config, offline=offline)
+        weights = PARTS[found.spec.family].weights
+        pairs = {folder / part: found.parts[part] for part in weights if part in found.parts}
+    for ours, theirs in pairs.items():
+        with WeightSource.open(ours) as source:
+            saved = Saved.of(source)
+        if saved is None:
+            raise WeightsError(f"{ours} was not saved by quantize: nothing says what it was made of")
+        digests = _digests(theirs, ledger)
+        if sorted(saved.source.values()) != sorted(digests.values()):
+            raise WeightsError(
+                f"{ours} was made of {_told(saved.source)}, and {name} has {_told(digests)}: quantize it anew"
+            )
+
+
+def _told(digests: Mapping[str, str]) -> str:
+    return ", ".join(f"{file} ({digest[:12]})" for file, digest in digests.items()) or "nothing"
+
+
+def _digests(path: Path, ledger: Ledger) -> dict[str, str]:
+    with WeightSource.open(path) as source:
+        return {file.path.name: ledger.sha256(file.path) for file in source.files}
+
+
+def _controlnet(name: str, config: EngineConfig, *, offline: bool) -> tuple[Path, Kind] | None:
+    """The file of a ControlNet that is named, and which kind; None for anything else."""
+    known = hub.manifests(config.weights)
+    manifest = known.get(name)
+    if manifest is not None and manifest.kind == "controlnet":
+        path = manifest.obtain(offline=offline, ledger=Ledger(config.cache), only=["controlnet"])["controlnet"]
+    elif isinstance(name, str) and manifest is None and (Path(name).is_file() or holds_weights(Path(name))):
+        path = Path(name)
+    else:
+        return None
+    with WeightSource.open(path) as source:
+        kinds = {part.kind for part in parts_of(source)}
+    for kind in CONTROLNETS:
+        if kind in kinds:
+            return path, kind
+    return None
+
+
 def _write_part(model: Model, part: str, kind: Kind, scheme: str, made: Path, ledger: Ledger) -> None:
-    with WeightSource.open(model.parts[part]) as opened:
+    width = _width(model, part) if kind == "clip" else None
+    file = made / part / "model.safetensors"
+    _write(model.parts[part], kind, scheme if kind in POLICIES else "none", file, ledger, spec=model.like, width=width)
+
+
+def _write(
+    path: Path, kind: Kind, scheme: str, file: Path, ledger: Ledger, *, spec: str, width: int | None = None
+) -> None:
+    with WeightSource.open(path) as opened:
         digests = {file.path.name: ledger.sha256(file.path) for file in opened.files}
-        source = pick(opened, kind, width=_width(model, part) if kind == "clip" else None)
-        write_quantized(
-            source,
-            made / part / "model.safetensors",
-            kind=kind,
-            scheme=scheme if kind in POLICIES else "none",
-            spec=model.like,
-            digests=digests,
-        )
+        source = pick(opened, kind, width=width)
+        write_quantized(source, file, kind=kind, scheme=scheme, spec=spec, digests=digests)
 
 
 def _width(model: Model, part: str) -> int | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,6 +21,7 @@ import flux_engine
 from flux_engine import InvalidRequest, OutputError, UnsupportedError, WeightsError, hub
 from flux_engine.checkpoints.quantized import FORMAT
 from flux_engine.cli import main
+from flux_engine.saving import check_source
 
 CAPTION = "a small red star on a striped green and white background"
 FILE = "transformer/model.safetensors"
@@ -252,3 +254,48 @@ def test_from_the_shell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert picture.stat().st_size > 1000
     assert main(["quantize", "demo-schnell", "--scheme", "int4", "--output", str(tmp_path / "none")]) == 2
     assert "scheme 'int4' is not one of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("model", "scheme"), [("demo-schnell", "int8"), ("demo-sdxl", "fp8")])
+def test_a_controlnet_is_saved_alone_and_gives_the_same_bits(model: str, scheme: str, tmp_path: Path) -> None:
+    name = {"demo-schnell": "demo-canny", "demo-sdxl": "demo-sdxl-canny"}[model]
+    folder = flux_engine.quantize(name, tmp_path / "saved", scheme=scheme)
+    assert [file.name for file in folder.iterdir()] == ["model.safetensors"]
+    edges = Image.new("RGB", (64, 64))
+    edges.paste("white", (10, 10, 50, 12))
+    control = flux_engine.Control(kind="canny", image=edges, preprocess=False)
+    made: list[Tensor] = []
+    nets: list[Any] = [{"canny": folder}, {"canny": str(folder / "model.safetensors")}, [name]]
+    for net in nets:
+        engine = flux_engine.load(model, dtype="float32", quantization=scheme, controlnets=net)
+        made.append(engine(CAPTION, seed=3, num_inference_steps=2, output_type="latent", control=control).images[0])
+    assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
+    kept = flux_engine.load(model, controlnets={"canny": folder}).describe()["parts"]
+    (part,) = (part for part in kept if part.startswith("controlnet"))
+    if model == "demo-schnell":  # the other one has no linear that its policy brings to 8 bits
+        assert scheme in kept[part]["linears"].values(), "of 8 bits beside a model that is not"
+
+
+def test_whether_it_was_made_of_what_a_model_is_now(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(saved), "--source", "demo-schnell"]) == 0
+    assert "was made of demo-schnell as it is" in capsys.readouterr().out
+    changed = tmp_path / "changed.safetensors"
+    tensors = load_file(SCHNELL)
+    save_file({name: tensor * 2 for name, tensor in tensors.items()}, changed)
+    for source, words in (
+        (str(changed), r"transformer was made of schnell.safetensors \([0-9a-f]{12}\), and .* has changed.safetensors"),
+        ("demo-dev", "quantize it anew"),
+        ("demo-sdxl", "unet"),
+    ):
+        with pytest.raises(WeightsError, match=words):
+            check_source(saved, source)
+    assert main(["inspect", str(saved), "--source", "demo-dev"]) == 1
+    with pytest.raises(WeightsError, match="was not saved by quantize"):
+        flux_engine.load("demo-schnell").export(tmp_path / "plain")
+        check_source(tmp_path / "plain", "demo-schnell")
+    net = flux_engine.quantize("demo-canny", tmp_path / "net")
+    check_source(net, "demo-canny")
+    with pytest.raises(WeightsError, match="quantize it anew"):
+        check_source(net, "demo-sdxl-canny")

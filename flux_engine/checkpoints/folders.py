@@ -82,6 +82,11 @@ def weights_in(folder: Path, *, variant: str | None = None) -> Path:
     return folder / choose(folder, names, variant=variant, shards=shards)
 
 
+def holds_weights(folder: Path) -> bool:
+    """Whether a folder has the weights of one network in it, and not folders with a model's parts."""
+    return folder.is_dir() and any(is_index(one.name) or one.suffix == ".safetensors" for one in folder.iterdir())
+
+
 def files_of(path: Path) -> tuple[list[Path], dict[str, str]]:
     """What makes up a source, a file, the shards of an index, or what is in a folder; and for shards the name of the
     one that a tensor is to be read from."""

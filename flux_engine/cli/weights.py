@@ -19,6 +19,9 @@ def add(commands: Any) -> None:
     inspect.add_argument(
         "--values", action="store_true", help="read every number, and name tensors with NaN or infinity"
     )
+    inspect.add_argument(
+        "--source", metavar="MODEL", help="of a saved model of 8 bits: whether it was made of this one"
+    )
     inspect.add_argument("--names", action="store_true", help="list every tensor")
     inspect.add_argument("--json", action="store_true")
     inspect.set_defaults(run=_inspect)
@@ -47,6 +50,12 @@ def _quantize(args: argparse.Namespace) -> None:
 def _inspect(args: argparse.Namespace) -> None:
     from flux_engine.checkpoints.inspect import inspect, tensors
 
+    if args.source is not None:
+        from flux_engine.saving import check_source
+
+        check_source(args.path, args.source)
+        show(json.dumps({"made of": args.source}) if args.json else f"{args.path} was made of {args.source} as it is")
+        return
     report = inspect(args.path, values=args.values)
     if args.names:
         report["tensors"] = tensors(args.path)
