@@ -219,3 +219,12 @@ def test_a_larger_request_takes_more() -> None:
     assert peak() < peak(pictures=2) < peak(pictures=4) and peak() < peak(reference=4096) < peak(rows=2, pictures=2)
     assert peak() < peak(controlnets=1) and peak() < peak(width=1440, height=1440)
     assert replace(Extent.default(SDXL)).rows == 2, "classifier-free guidance"
+
+
+@pytest.mark.parametrize("spec", [FLUX_DEV, FLUX_SCHNELL], ids=lambda spec: spec.name)
+def test_a_host_of_16_gb_does_for_a_t4(spec: ModelSpec) -> None:
+    """What waits there is bounded; the rest stays in its file, and comes from it some rows at a time."""
+    made = plan(spec, CARDS["T4"], precisions=["int8"], host_memory=int(0.8 * 15 * GB))
+    assert 0 < made.host <= 12 * GB
+    small = plan(spec, CARDS["T4"], precisions=["int8"], host_memory=4 * GB)
+    assert small.host <= 4 * GB and "file" in small.leaves.values()

@@ -209,3 +209,18 @@ def test_unknown_names() -> None:
 def test_setup_happens_on_the_first_prediction(tmp_path: Path) -> None:
     predictor = Predictor("flux-schnell", model="demo-schnell", output_dir=tmp_path / "deep" / "er", say=lambda _: None)
     assert predictor.predict(prompt="x", num_inference_steps=1)[0].parent.parent == tmp_path / "deep" / "er"
+
+
+def test_go_fast_chooses_the_precision(tmp_path: Path) -> None:
+    lines: list[str] = []
+    predictor = Predictor(
+        "flux-schnell", model="demo-schnell", device="cpu", quantization="both", output_dir=tmp_path, say=lines.append
+    )
+    asked = {"prompt": "a red circle", "seed": 5, "num_inference_steps": 2, "output_format": "png"}
+    fast, slow = ([Path(p).read_bytes() for p in predictor.predict(go_fast=go, **asked)] for go in (True, False))
+    assert fast != slow and not [line for line in lines if line.startswith("go_fast")]
+    other = Predictor("flux-schnell", model="demo-schnell", device="cpu", output_dir=tmp_path, say=lines.append)
+    assert [Path(p).read_bytes() for p in other.predict(go_fast=False, **asked)] == slow
+    assert not [line for line in lines if line.startswith("go_fast")]
+    other.predict(**asked)  # the schema's default is true
+    assert "go_fast: no weights of 8 bits are loaded, demo-schnell ran in full precision" in lines

@@ -195,7 +195,8 @@ PUBLISHED: dict[str, list[tuple[Any, ...]]] = {  # name, type, default, then the
     ],
 }  # fmt: skip
 SINGLE = {"flux-kontext-dev", "sdxl-controlnet"}
-FIELDS = {  # input -> the field of Request it fills
+FIELDS = {
+    "go_fast": "go_fast",  # input -> the field of Request it fills
     "prompt": "prompt",
     "negative_prompt": "negative_prompt",
     "image": "image",
