@@ -13,7 +13,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -47,9 +47,12 @@ class Shelf:
         self._place({name: torch.empty_like(net.get_parameter(name), dtype=filling.kind(name)) for name in names})
         self._copy: dict[str, Tensor] | None = None
         if where == "host":
+            if not filling.schemes:  # nothing is computed that a card would do faster
+                self.filling = replace(filling, device=CPU)
             self._copy = {}
             for name in self._stored:  # one at a time, as the device has no room for all
                 self._copy |= {each: tensor.cpu() for each, tensor in self._read([name]).items()}
+            self.filling = filling
 
     @property
     def bytes(self) -> int:
@@ -225,16 +228,16 @@ class Residents:
         """Begin to bring what the next stage needs, if there is room for it beside this one."""
         name, colon, mark = part.partition(":")
         order = list(PARTS)
-        for other in order[order.index(name) + 1 :][:1] if name in PARTS else []:
-            after = other + colon + mark if other in ("modulation", "network") else other
-            wanted = self._room.sizes.get(after)
-            if self._room.capacity is None or wanted is None or after in self._room.present:
-                return
-            beside = max(self._beside(part), self._beside(after))
-            if self._room.total() + wanted + beside <= self._room.capacity:
-                self._room.present.add(after)
-                self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-                self._coming[after] = self._pool.submit(self._carry, after)
+        later = order[order.index(name) + 1 :] if name in PARTS else []
+        named = [other + colon + mark if other in ("modulation", "network") else other for other in later]
+        after = next((other for other in named if other in self._room.sizes), None)
+        if self._room.capacity is None or after is None or after in self._room.present:
+            return
+        beside = max(self._beside(part), self._beside(after))
+        if self._room.total() + self._room.sizes[after] + beside <= self._room.capacity:
+            self._room.present.add(after)
+            self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+            self._coming[after] = self._pool.submit(self._carry, after)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from flux_engine import hardware
 from flux_engine.checkpoints.source import WeightSource
 from flux_engine.config import EngineConfig
+from flux_engine.errors import OutOfMemory
 from flux_engine.footprint import DTYPES
 from flux_engine.memory import Place, Residents
 from flux_engine.plan import Plan, plan
@@ -56,16 +57,21 @@ def decide(
     if config.quantization == "auto" and saved is None:  # where full precision has no room, int8 may
         precisions += [other for other in ("int8",) if other != scheme]
     item = 1.1 if scheme != "none" else DTYPES[str(dtype).removeprefix("torch.")]
-    made = plan(
-        spec,
-        hardware.card_of(device),
-        precisions=precisions,
-        dtype=str(dtype).removeprefix("torch."),
-        memory=config.bytes_of_memory(),
-        host_memory=int(HOST_SHARE * hardware.free_memory()),
-        both=both,
-        beside=int(item * sum(map(_numbers, beside))),
-    )
+    try:
+        made = plan(
+            spec,
+            hardware.card_of(device),
+            precisions=precisions,
+            dtype=str(dtype).removeprefix("torch."),
+            memory=config.bytes_of_memory(),
+            host_memory=int(HOST_SHARE * hardware.free_memory()),
+            both=both,
+            beside=int(item * sum(map(_numbers, beside))),
+        )
+    except OutOfMemory as error:
+        if config.memory != "auto":
+            raise
+        raise OutOfMemory(f"{error}. memory='resident' tries it all the same") from None
     residents = Residents(made, strict=config.memory != "auto")
     return Placing(_place(dtype, device, made.schemes, residents), made.schemes, made)
 
