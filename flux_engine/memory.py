@@ -125,8 +125,7 @@ class Residents:
     @property
     def by_rows(self) -> bool:
         """Whether the autoencoder is to work on some rows of this request's pictures at a time."""
-        limit = self.plan.whole_up_to if self.plan else None
-        return limit is not None and self._work.get("autoencoder", 0) > limit
+        return self.plan is not None and self._work.get("autoencoder", 0) > self.plan.whole_up_to
 
     @contextmanager
     def request(self, work: Mapping[str, int]) -> Iterator[None]:

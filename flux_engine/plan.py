@@ -84,13 +84,13 @@ class Plan:
     dtype: str
     schemes: tuple[str, ...]
     """Of the network; the second one is there for requests that want full precision."""
-    capacity: int | None
+    capacity: int
     """Bytes that may be taken."""
     sizes: Mapping[str, int]
     always: int
     leaves: Mapping[str, Where]
     """Parts that are not on the device all the time, and where they are meanwhile. The others stay."""
-    whole_up_to: int | None
+    whole_up_to: int
     """Bytes that the autoencoder may take beside itself and a network; what would take more is worked on some rows at
     a time. A request alone decides that, as rows and whole differ in the last bits."""
     by_rows: bool
@@ -178,7 +178,7 @@ def plan(
             found.append(asked.attempt(way))
         except TooLarge as error:
             lacking[way] = error.lacking
-    if both:  # full precision from a file would be quantised anew with every change
+    if both:  # from files, 8 bits would be made anew with every change between the two
         found = [one for one in found if len(one.schemes) == 1 or "file" not in one.leaves.values()] or found
         found.sort(key=lambda one: -len(one.schemes))
         found = [one for one in found if len(one.schemes) == len(found[0].schemes)]
@@ -205,14 +205,14 @@ class _Asked:
         work = work_of(self.spec, self.dtype, schemes != ("none",), self.extent)
         room = Room(self.capacity, sizes.always + self.beside, dict(sizes.parts))
         networks = max(size for part, size in sizes.parts.items() if part.startswith("network"))
-        whole_up_to = None if self.capacity is None else self.capacity - room.always - networks - sizes.parts["vae"]
-        by_rows = whole_up_to is not None and work["autoencoder"] > whole_up_to
+        whole_up_to = self.capacity - room.always - networks - sizes.parts["vae"]
+        by_rows = work["autoencoder"] > whole_up_to
         if by_rows:
             work["autoencoder"] = work[BY_ROWS]
-        if self.capacity is not None:  # the most that any stage takes with its own part alone
-            most = max(sizes.parts[part] + work[stage] for part, stage in PARTS.items()) + room.always
-            if most > self.capacity:
-                raise TooLarge(most - self.capacity)
+        # What any stage takes with its own part alone, so that a refusal tells the most.
+        most = max(sizes.parts[part] + work[stage] for part, stage in PARTS.items()) + room.always
+        if most > self.capacity:
+            raise TooLarge(most - self.capacity)
         left: set[str] = set()
         moved, resident, peaks = 0, 0, dict.fromkeys(STAGES, 0)
         for _ in range(3):  # what leaves at first may not be all

@@ -178,7 +178,7 @@ def test_from_the_host_as_from_the_file() -> None:
     stays = made.always + made.sizes["vae"]
     work = {part: made.peaks[PARTS[part.partition(":")[0]]] - made.resident for part in made.sizes}
     room = stays + max(size + work[part] for part, size in made.sizes.items() if part != "vae") + 10**5
-    made = replace(made, leaves=leaves, capacity=room, whole_up_to=None, schemes=("int8", "none"))
+    made = replace(made, leaves=leaves, capacity=room, whole_up_to=10**9, schemes=("int8", "none"))
     place = Place(torch.float32, torch.device("cpu"), "int8", "none", Residents(made))
     family = load_family(spec, found.parts, place, embedding_cache=0)
     engine = Engine(family, slow=family.in_full_precision(found.parts))

@@ -93,7 +93,7 @@ def test_what_has_no_room_leaves_and_the_rest_fits(spec: ModelSpec, card: str, s
     """The request path itself, on tensors without numbers, with weights that come and go."""
     counted = planned.on(spec, CARDS[card], scheme, host_memory=HOST, memory=memory)
     made = counted.plan
-    assert made.leaves and made.capacity is not None
+    assert made.leaves
     assert counted.peak <= made.capacity and counted.looping == made.resident
     assert counted.moved == made.moved > 0
 
@@ -112,7 +112,7 @@ def test_every_card_has_a_plan_or_a_reason() -> None:
     for spec in (FLUX_DEV, FLUX_SCHNELL, SDXL):
         for card in CARDS.values():
             made = plan(spec, card, precisions=[card.best], host_memory=HOST)
-            assert made.capacity is not None and made.peak <= made.capacity < card.memory
+            assert made.peak <= made.capacity < card.memory
             assert made.dtype == ("float16" if card.name == "T4" else "bfloat16")
             bare = plan(spec, card, precisions=[card.best], host_memory=0)
             assert set(bare.leaves.values()) <= {"file"} and bare.seconds >= made.seconds
@@ -145,7 +145,7 @@ def test_the_cheapest_that_fits_is_picked() -> None:
 def test_which_precision_serves_whom(card: str, fast: str, slow: str) -> None:
     made = plan(FLUX_DEV, CARDS[card], precisions=[CARDS[card].best], both=True, host_memory=HOST)
     assert made.go_fast == {True: fast, False: slow}
-    assert made.capacity is not None and made.peak <= made.capacity
+    assert made.peak <= made.capacity
 
 
 def test_full_precision_is_not_read_from_files_for_every_change() -> None:
