@@ -138,7 +138,7 @@ def test_the_cheapest_that_fits_is_picked() -> None:
     [
         ("T4", "int8, brought from the host", "int8, brought from the host"),
         ("A10", "int8, brought from the host", "none, brought from the host"),
-        ("A100 40 GB", "int8, resident", "none, resident"),
+        ("A100 40 GB", "int8, brought from the host", "none, resident"),
         ("H100", "fp8, resident", "none, resident"),
     ],
 )
