@@ -19,8 +19,9 @@ from flux_engine import images
 from flux_engine.conditions import build_condition, pasted_back
 from flux_engine.errors import NumericalError, RequestCancelled
 from flux_engine.families.base import Family, Guide, Stage, Walk, notes_of_idle
-from flux_engine.footprint import Extent, work_of
+from flux_engine.footprint import work_of
 from flux_engine.models.layers import add_residuals
+from flux_engine.placing import extent_of
 from flux_engine.request import Job
 
 
@@ -102,18 +103,8 @@ class Pipeline:
 
     def _work(self, job: Job) -> Mapping[str, int]:
         """Bytes that each stage of a job takes beside the weights."""
-        family, reference = self.family, job.inputs.reference
-        tokens = 0 if reference is None else reference.width * reference.height // (2 * family.spec.vae.downscale) ** 2
-        extent = Extent(
-            width=job.width,
-            height=job.height,
-            pictures=len(job.seeds),
-            rows=1 if job.true_cfg_scale == 1.0 else 2,
-            steps=job.num_inference_steps,
-            reference=tokens,
-            controlnets=len(job.inputs.controls),
-        )
-        return work_of(family.spec, _name(family.net.dtype), family.quantization != "none", extent)
+        family = self.family
+        return work_of(family.spec, _name(family.net.dtype), family.quantization != "none", extent_of(job))
 
     def _latent(self, job: Job, clock: _Clock, on_step: OnStep | None, cancel: threading.Event | None) -> _Made:
         """All but the pictures. What was computed on the way is gone when it returns."""

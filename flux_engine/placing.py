@@ -1,4 +1,4 @@
-"""Where a model's weights go: a plan for what is to be loaded, made before any of it is."""
+"""Where a model's weights go: a plan for what is to be loaded, made before any of it is; and what a job adds to it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from flux_engine import hardware
 from flux_engine.checkpoints.source import WeightSource
 from flux_engine.config import EngineConfig
 from flux_engine.errors import OutOfMemory
-from flux_engine.footprint import DTYPES
+from flux_engine.footprint import DTYPES, Extent
 from flux_engine.memory import Place, Residents
 from flux_engine.plan import Plan, plan
+from flux_engine.request import Job
 from flux_engine.specs import ModelSpec
 
 HOST_SHARE = 0.8
@@ -80,6 +81,20 @@ def _place(dtype: torch.dtype, device: torch.device, schemes: tuple[str, ...], r
     """Both precisions share the text encoders, which are then in full precision, so that nothing of it is lost."""
     encoders = "none" if "none" in schemes else None
     return Place(dtype, device, schemes[0], encoders, residents)
+
+
+def extent_of(job: Job) -> Extent:
+    """How large a job is."""
+    reference, downscale = job.inputs.reference, job.spec.vae.downscale
+    return Extent(
+        width=job.width,
+        height=job.height,
+        pictures=len(job.seeds),
+        rows=1 if job.true_cfg_scale == 1.0 else 2,
+        steps=job.num_inference_steps,
+        reference=0 if reference is None else reference.width * reference.height // (2 * downscale) ** 2,
+        controlnets=len(job.inputs.controls),
+    )
 
 
 def _numbers(file: Path) -> int:

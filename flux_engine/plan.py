@@ -268,6 +268,8 @@ def _refusal(asked: _Asked, lacking: Mapping[tuple[str, ...], int]) -> str:
     fitting = [scheme for scheme in others if scheme != "none" and card.runs(scheme) and _fits(asked, scheme)]
     if fitting:
         return f"{told}. It would fit with quantization={fitting[0]!r}"
+    if card.capability is None:
+        return told
     larger = [one.name for one in CARDS.values() if any(_fits(_on(asked, one), way[0]) for way in lacking)]
     return f"{told}. It would fit a card as {larger[0]}" if larger else f"{told}. No card of the table would hold it"
 

@@ -202,6 +202,9 @@ def test_from_the_shell(capsys: pytest.CaptureFixture[str]) -> None:
         (["flux-dev", "--card", "cpu"], "say --memory"),
         (["flux-dev", "--memory", "much"], "--memory 'much' is no size"),
         (["flux-dew"], "no model 'flux-dew'"),
+        (["flux-dev", "--width", "64"], "height is missing"),
+        (["flux-dev", "--width", "-5", "--height", "64"], "width -5 is outside"),
+        (["flux-dev", "--num-outputs", "9000"], "num_outputs 9000 is outside"),
     ):
         assert main(["plan", *arguments]) in (1, 2)
         assert words in capsys.readouterr().err

@@ -149,6 +149,8 @@ WRONG: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, str]], object], st
     "no list of linears": (lambda _, said: said.pop("linears"), "does not say of itself"),
     "no JSON": (saying(linears="{"), "does not say of itself"),
     "a list where names belong": (saying(linears="[]"), "does not say of itself"),
+    "a list of sources": (saying(source="[]"), "does not say of itself"),
+    "a source that is no text": (saying(source='{"x": 1}'), "does not say of itself"),
     "an unknown scheme": (saying(linears=json.dumps({LINEAR: "int3"})), "does not say of itself"),
     "a linear that is not there": (saying(linears=json.dumps({"nowhere": "int8"})), "does not say of itself"),
     "an unknown spec": (saying(spec="flux-9"), "has the spec 'flux-9'; known are"),

@@ -64,6 +64,8 @@ class Saved:
             saved = cls(
                 said["kind"], said["scheme"], said["spec"], json.loads(said["linears"]), json.loads(said["source"])
             )
+            if not all(isinstance(digest, str) for digest in saved.source.values()):
+                raise ValueError("source has digests that are no texts")
             for linear, scheme in saved.linears.items():
                 stored = source.recipes[f"{linear}.weight"].dtype, source.recipes[linear + SCALE].dtype
                 if stored != (SCHEMES[scheme].dtype, torch.float32):

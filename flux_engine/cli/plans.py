@@ -10,6 +10,7 @@ from flux_engine import hub
 from flux_engine.cli.output import show
 from flux_engine.config import DTYPES, QUANTIZATIONS, EngineConfig, parse_bytes
 from flux_engine.errors import OutOfMemory, UnsupportedError, did_you_mean
+from flux_engine.request import Request
 
 
 def add(commands: Any) -> None:
@@ -23,22 +24,28 @@ def add(commands: Any) -> None:
     plan.add_argument("--dtype", help=", ".join(DTYPES))
     plan.add_argument("--width", type=int)
     plan.add_argument("--height", type=int)
-    plan.add_argument("--num-outputs", type=int, metavar="N")
+    plan.add_argument("--num-outputs", type=int, default=1, metavar="N")
     plan.add_argument("--steps", type=int, metavar="N")
     plan.add_argument("--json", action="store_true")
     plan.set_defaults(run=_plan)
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from flux_engine.footprint import Extent
     from flux_engine.hardware import CARDS, LEAST, processor
+    from flux_engine.placing import extent_of
     from flux_engine.plan import plan, said
 
     config = EngineConfig.from_environment(quantization=args.quantization, dtype=args.dtype)
     memory, host = (_size(name, value) for name, value in (("memory", args.memory), ("host-memory", args.host_memory)))
-    asked = {"width": args.width, "height": args.height, "pictures": args.num_outputs, "steps": args.steps}
     spec = _spec(args.model, config)
-    extent = Extent.default(spec, **{name: value for name, value in asked.items() if value is not None})
+    request = Request(
+        prompt="",
+        width=args.width,
+        height=args.height,
+        num_outputs=args.num_outputs,
+        num_inference_steps=args.steps,
+    )
+    extent = extent_of(request.resolve(spec))
     cards = list(CARDS.values())
     if args.card is not None:
         known = {name.lower(): card for name, card in CARDS.items()} | {"cpu": processor(memory or 0)}
