@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,7 @@ class Card:
 
 LEAST: Mapping[str, Capability] = MappingProxyType({"fp8": FP8_CAPABILITY, "int8": INT8_CAPABILITY})
 """Scheme -> the first compute capability that multiplies it."""
+MEMINFO, CGROUP = "/proc/meminfo", "/sys/fs/cgroup"
 PCI3, PCI4, PCI5 = 12e9, 24e9, 48e9
 CARDS: Mapping[str, Card] = MappingProxyType(
     {
@@ -84,11 +86,13 @@ def processor(memory: int) -> Card:
 def free_memory() -> int:
     """Bytes of host memory that this process may still take: what is free, or what its container leaves."""
     found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    lines = _read("/proc/meminfo").splitlines()
+    lines = _read(MEMINFO).splitlines()
     found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-    limit, used = (_read(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
+    limit, used, kinds = (_read(f"{CGROUP}/memory.{name}").strip() for name in ("max", "current", "stat"))
     if limit.isdecimal() and used.isdecimal():
-        found.append(int(limit) - int(used))
+        # What is used has files in it that were read, which go when the memory is needed.
+        files = [int(n) for n in re.findall(r"^(?:in)?active_file (\d+)$", kinds, re.MULTILINE)]
+        found.append(int(limit) - int(used) + sum(files))
     return max(0, min(found))
 
 
@@ -149,10 +153,10 @@ def pick_quantization(name: str, device: torch.device) -> str:
     """
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     card = Card("", 0, capability, 0.0, bf16=False)
-    if name == "both":
-        return "int8" if card.best == "none" else card.best
     if name == "auto":
         return card.best
+    if name == "both":
+        name = "int8" if card.best == "none" else card.best
     if capability is not None and not card.runs(name):
         other = "int8" if name == "fp8" and card.runs("int8") else "fp8-storage"
         raise UnsupportedError(

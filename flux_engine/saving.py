@@ -111,11 +111,12 @@ def _digests(path: Path, ledger: Ledger) -> dict[str, str]:
 
 def _controlnet(name: str, config: EngineConfig, *, offline: bool) -> tuple[Path, Kind] | None:
     """The file of a ControlNet that is named, and which kind; None for anything else."""
-    known = hub.manifests(config.weights)
-    manifest = known.get(name)
+    if not isinstance(name, str):
+        return None  # for find_model to refuse, as all that it cannot find
+    manifest = hub.manifests(config.weights).get(name)
     if manifest is not None and manifest.kind == "controlnet":
         path = manifest.obtain(offline=offline, ledger=Ledger(config.cache), only=["controlnet"])["controlnet"]
-    elif isinstance(name, str) and manifest is None and (Path(name).is_file() or holds_weights(Path(name))):
+    elif manifest is None and holds_weights(Path(name)):
         path = Path(name)
     else:
         return None

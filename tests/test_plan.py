@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import planned
-from flux_engine import OutOfMemory, UnsupportedError
+from flux_engine import OutOfMemory, UnsupportedError, hardware
 from flux_engine.cli import main
 from flux_engine.config import EngineConfig, parse_bytes
 from flux_engine.footprint import Extent, sizes_of
@@ -168,6 +169,24 @@ def test_a_processor_has_what_is_free() -> None:
     free = card_of(torch.device("cpu"))
     assert free.capability is None and 10**8 < free.memory < 10**13 and free.runs("fp8")
     assert processor(5).memory == 5
+
+
+def test_of_a_container_its_limit_counts_and_files_that_were_read_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "CGROUP", str(tmp_path))
+    whole = hardware.free_memory()
+    for limit, used, files, free in (("max", 5, 0, whole), (70_000, 50_000, 30_000, 50_000), (10, 20, 0, 0)):
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / "memory.current").write_text(f"{used}\n")
+        (tmp_path / "memory.stat").write_text(f"anon 7\ninactive_file {files - 10_000 if files else 0}\n"
+                                              f"active_file {10_000 if files else 0}\nfile_mapped 3\n")  # fmt: skip
+        assert hardware.free_memory() == pytest.approx(free, rel=0.1)
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 9 kB\nMemAvailable:    5 kB\n")
+    monkeypatch.setattr(hardware, "MEMINFO", str(meminfo))
+    (tmp_path / "memory.max").unlink()
+    assert hardware.free_memory() == 5 * 1024
 
 
 @pytest.mark.parametrize(

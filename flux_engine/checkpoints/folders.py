@@ -82,9 +82,13 @@ def weights_in(folder: Path, *, variant: str | None = None) -> Path:
     return folder / choose(folder, names, variant=variant, shards=shards)
 
 
-def holds_weights(folder: Path) -> bool:
-    """Whether a folder has the weights of one network in it, and not folders with a model's parts."""
-    return folder.is_dir() and any(is_index(one.name) or one.suffix == ".safetensors" for one in folder.iterdir())
+def holds_weights(path: Path) -> bool:
+    """Whether this is a file, or a folder that has one network's weights in it and not a model's parts in folders."""
+    try:
+        inside = path.iterdir() if path.is_dir() else ()
+        return path.is_file() or any(is_index(one.name) or one.suffix == ".safetensors" for one in inside)
+    except (OSError, ValueError):
+        return False
 
 
 def files_of(path: Path) -> tuple[list[Path], dict[str, str]]:
