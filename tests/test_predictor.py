@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 
 from flux_engine import OutputError, Predictor, RequestCancelled, UnknownModel, UnknownSchema
 from flux_engine.replicate.schema import InvalidInput
@@ -224,3 +224,22 @@ def test_go_fast_chooses_the_precision(tmp_path: Path) -> None:
     assert not [line for line in lines if line.startswith("go_fast")]
     other.predict(**asked)  # the schema's default is true
     assert "go_fast: no weights of 8 bits are loaded, demo-schnell ran in full precision" in lines
+
+
+def test_what_had_to_come_is_said(tmp_path: Path) -> None:
+    lines: list[str] = []
+    predictor = Predictor(
+        "flux-schnell",
+        model="demo-schnell",
+        device="cpu",
+        dtype="float32",
+        memory="40MB",
+        output_dir=tmp_path,
+        say=lines.append,
+    )
+    asked = {"seed": 5, "num_inference_steps": 2, "output_format": "png"}
+    first = predictor.predict(prompt="a red circle", **asked)
+    assert [line for line in lines if re.fullmatch(r"memory: \d+\.\d MB of weights came to the device for it", line)]
+    whole = Predictor("flux-schnell", model="demo-schnell", device="cpu", dtype="float32", output_dir=tmp_path)
+    made = [Image.open(paths[0]) for paths in (first, whole.predict(prompt="a red circle", **asked))]
+    assert ImageChops.difference(*made).convert("L").getextrema()[1] <= 1

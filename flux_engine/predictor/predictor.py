@@ -22,6 +22,7 @@ from flux_engine.config import EngineConfig
 from flux_engine.engine import Engine, load
 from flux_engine.errors import OutputError
 from flux_engine.pipeline import Step
+from flux_engine.plan import said
 from flux_engine.predictor.translation import translate
 from flux_engine.replicate.schemas import find_schema
 from flux_engine.request import Request
@@ -166,6 +167,8 @@ class Predictor:
         result = engine.run(request, on_step=self._progress, cancel=cancel)
         for note in result.notes:
             self.say(note)
+        if result.moved:
+            self.say(f"memory: {said(result.moved)} of weights came to the device for it")
         return result
 
     def _write(self, folder: Path, result: Result, values: Mapping[str, Any]) -> list[Path] | Path:
