@@ -41,7 +41,7 @@ class Extent:
     height: int
     pictures: int = 1
     rows: int = 1
-    """Of the network's batch: twice the pictures, where there is classifier-free guidance."""
+    """Of the network's batch for each picture: two where there is classifier-free guidance."""
     steps: int = 4
     reference: int = 0
     """Tokens that are read behind the picture's own."""
