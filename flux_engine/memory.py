@@ -69,6 +69,11 @@ class Shelf:
     def leave(self) -> None:
         self._place({name: self.net.get_parameter(name).to("meta") for name in self.names})
 
+    def renew(self, tensors: Mapping[str, Tensor]) -> None:
+        """The host's copies of some parameters, if it keeps any, anew."""
+        for name in set(tensors) & set(self._copy or ()):
+            self._copy[name].copy_(tensors[name])  # pyright: ignore[reportOptionalSubscript]
+
     @property
     def _stored(self) -> list[str]:
         return [name for name in self.names if name in self.filling.stored]
@@ -88,6 +93,26 @@ class Shelf:
             setattr(self.net.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A network whose source stays open, so that any parameter can be read once more."""
+
+    net: nn.Module
+    filling: Filling
+    shelves: Sequence[Shelf]
+
+    def refresh(self, name: str) -> None:
+        """Read a parameter anew, with what is merged in it, into the memory where it is."""
+        tensors = self.filling.read([name])
+        for shelf in self.shelves:
+            shelf.renew(tensors)
+        with torch.no_grad():
+            for each, tensor in tensors.items():
+                parameter = self.net.get_parameter(each)
+                if not parameter.is_meta:
+                    parameter.copy_(tensor)
+
+
 class Residents:
     """The parts of a model that come and go, and which of them are on the device. Used by one request at a time."""
 
@@ -102,6 +127,8 @@ class Residents:
         self._work: Mapping[str, int] = {}
         self.moved = 0
         """Bytes that came to the device in the last request."""
+        self.loaded: list[Loaded] = []
+        """The networks whose sources stay open."""
         self._held: Counter[str] = Counter()
         self._coming: dict[str, Future[None]] = {}
         self._staging: Staging | None = None
@@ -117,6 +144,10 @@ class Residents:
         """A part has one for each network that is in it."""
         self._shelves.setdefault(part, []).append(shelf)
         self._room.sizes[part] = sum(each.bytes for each in self._shelves[part])
+
+    def settle(self) -> None:
+        """Wait for what is on its way, and send it back."""
+        self._leave(list(self._coming))
 
     def away(self) -> int:
         """Bytes that are not on the device now."""
@@ -268,14 +299,17 @@ def load_parts(
     tied: Mapping[str, str] | None = None,
     treat: Treat | None = None,
     channels_last: bool = False,
+    keep: bool = False,
 ) -> Module:
     """As `load_module`, but parts that leave are left where they are. `parts` maps each to the names of its parameters,
     as a regular expression; a parameter is of the first that matches.
 
-    If one leaves (`Place.leaves`), the source has to stay open.
+    If one leaves (`Place.leaves`), the source has to stay open; with `keep` it does, and `Residents.loaded` has what
+    reads parameters of it once more.
     """
     tied = tied or {}
     net, filling = prepare(make, source, dtype=place.dtype, device=place.device, rename=rename, tied=tied, treat=treat)
+    shelves: list[Shelf] = []
     left, rest = set[str](), [name for name, _ in net.named_parameters()]
     for part, pattern in parts.items():
         names = [name for name in rest if re.fullmatch(pattern, name)]
@@ -284,7 +318,10 @@ def load_parts(
         if where is not None and names:
             shelf = Shelf(net, filling, names, where=where, channels_last=channels_last)
             place.residents.add(part + place.mark, shelf)
+            shelves.append(shelf)
             left |= set(names)
+    if keep:
+        place.residents.loaded.append(Loaded(net, filling, shelves))
     return fill(net, filling, tied, left)
 
 
@@ -311,6 +348,10 @@ class Precompute:
             for row, made in zip(rows, found, strict=True):
                 self._remember(row, made)
         return found
+
+    def forget(self) -> None:
+        """What is remembered, because weights changed."""
+        self._kept.clear()
 
     def _remembered(self, row: tuple[Any, ...]) -> Any:
         for key, (asked, made) in self._kept.items():

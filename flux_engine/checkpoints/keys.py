@@ -7,7 +7,7 @@ are theirs, one after another. The tables are in `tables.py`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -68,6 +68,20 @@ def _theirs(ours: str, table: Table) -> tuple[Entry | None, list[str]]:
                 last = entry.leaf[1] if entry.leaf else leaf
                 return entry, [_dotted(theirs.format(**match.groupdict()), last) for theirs in entry.theirs]
     return None, [ours]
+
+
+def renamed(stems: Iterable[str], table: Table) -> Iterator[tuple[str, Entry, list[str]]]:
+    """Our names, each without `.weight` -> the entry that matches and what the other layout calls it; entries that
+    read only a part of theirs, or that have a last name part of their own, are left out."""
+    alike: dict[str, list[Entry]] = {}
+    for entry in table:
+        if entry.ours and not entry.part and not entry.leaf:
+            alike.setdefault(_alike(entry.ours), []).append(entry)
+    for stem in stems:
+        for entry in alike.get(_alike(stem), ()):
+            match = re.fullmatch(_pattern(entry.ours), stem)
+            if match:
+                yield stem, entry, [theirs.format(**match.groupdict()) for theirs in entry.theirs]
 
 
 def _dotted(stem: str, leaf: str) -> str:

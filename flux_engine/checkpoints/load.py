@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -12,12 +12,16 @@ from torch import Tensor, nn
 from flux_engine.checkpoints.quantized import SCALE, Saved, quantized_rows
 from flux_engine.checkpoints.source import WeightSource
 from flux_engine.errors import WeightsError
-from flux_engine.quantization.linears import QuantizedLinear, Scheme
+from flux_engine.quantization.linears import BLOCK, QuantizedLinear, Scheme, quantize_weight
 from flux_engine.quantization.policy import Treat, place
 
 Module = TypeVar("Module", bound=nn.Module)
 SHOWN = 8
 """How many names of each kind an error lists."""
+
+
+Merge = Callable[[Tensor], Tensor]
+"""A parameter as it is stored, in float32 -> the same with something added, in float32; the first may be written to."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class Filling:
     """Linear of 8 bits -> its scheme."""
     dtype: torch.dtype
     device: torch.device
+    merged: dict[str, Merge] = field(default_factory=dict, compare=False)
+    """Parameter -> what is done to it whenever it is read (LoRAs)."""
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """These parameters; the scales of a linear of 8 bits come with its weight.
@@ -43,7 +49,9 @@ class Filling:
         state: dict[str, Tensor] = {}
         for name in names:
             linear, _, leaf = name.rpartition(".")
-            if linear not in self.schemes or leaf == "bias":
+            if name in self.merged:
+                state |= self._changed(name)
+            elif linear not in self.schemes or leaf == "bias":
                 state[name] = self.source.rows(self.stored[name], dtype=self.dtype, own=own).to(self.device)
             elif leaf == "weight":
                 state[name], state[linear + SCALE] = self._quantized(name, self.schemes[linear], own)
@@ -55,6 +63,32 @@ class Filling:
         if linear not in self.schemes or leaf == "bias":
             return self.dtype
         return self.schemes[linear].dtype if leaf == "weight" else torch.float32
+
+    def _changed(self, name: str) -> dict[str, Tensor]:
+        """A parameter with what is merged in it: added in float32 to the numbers as they are stored, and only then
+        rounded, so that nothing small is lost to a weight of 8 bits."""
+        linear, _, leaf = name.rpartition(".")
+        source, stored = self.source, self.stored[name]
+        scheme = self.schemes.get(linear) if leaf == "weight" else None
+        base = source.rows(stored, dtype=torch.float32, own=True).to(self.device)
+        scales = stored.removesuffix(".weight") + SCALE
+        if scheme is not None and scales in source.recipes:
+            base *= source.rows(scales, own=True).to(self.device)[:, None]
+        weight = self.merged[name](base)
+        if scheme is None:
+            told = weight.to(self.dtype)
+            rounded = {name: told}
+        else:
+            values = torch.empty(weight.shape, dtype=scheme.dtype, device=self.device)
+            told = torch.empty(len(weight), dtype=torch.float32, device=self.device)
+            step = max(1, BLOCK // (4 * max(1, weight.shape[1])))
+            for row in range(0, len(weight), step):
+                rows = slice(row, row + step)
+                values[rows], told[rows] = quantize_weight(weight[rows], scheme)
+            rounded = {name: values, linear + SCALE: told}
+        if not told.isfinite().all():
+            raise WeightsError(f"with what is to be merged in it, {name} is not finite as {self.dtype}")
+        return rounded
 
     def _quantized(self, name: str, scheme: Scheme, own: bool) -> tuple[Tensor, Tensor]:
         """A matrix in 8 bits and the scales of its rows: as they are saved, or made of what is stored."""

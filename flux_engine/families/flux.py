@@ -71,9 +71,9 @@ def sized(spec: FluxSpec, file: Path) -> FluxSpec:
 
 def load_transformer(spec: FluxSpec, file: Path, place: Place) -> tuple[Flux, Precompute]:
     """Raises WeightsError if it is not as `spec` says."""
-    with opened(file, keep=place.leaves("modulation", "network")) as whole:
-        treat = treatment("flux", place.quantization)
-        net = load_parts(lambda: Flux(spec.transformer), pick(whole, "flux"), place, parts_of(Flux), treat=treat)
+    with opened(file, keep=True) as whole:
+        source, treat = pick(whole, "flux"), treatment("flux", place.quantization)
+        net = load_parts(lambda: Flux(spec.transformer), source, place, parts_of(Flux), treat=treat, keep=True)
     return net, Precompute(net, place)
 
 

@@ -64,9 +64,10 @@ def sized(spec: SDXLSpec, file: Path) -> SDXLSpec:
 
 def load_unet(spec: SDXLSpec, file: Path, place: Place) -> tuple[UNet, Precompute]:
     """Raises WeightsError if it is not as `spec` says."""
-    with opened(file, keep=place.leaves("modulation", "network")) as whole:
+    with opened(file, keep=True) as whole:
         source, treat = pick(whole, "unet"), treatment("unet", place.quantization)
-        net = load_parts(lambda: UNet(spec.unet), source, place, parts_of(UNet), treat=treat, channels_last=True)
+        parts = parts_of(UNet)
+        net = load_parts(lambda: UNet(spec.unet), source, place, parts, treat=treat, channels_last=True, keep=True)
     return channels_last(net), Precompute(net, place)
 
 

@@ -94,11 +94,11 @@ def load_clip(
     """One of transformers' text models, from the files of a part. Of several in a file it is the one that is as wide as
     the part's config says."""
     config = read_config(CLIPTextConfig, files[f"{part}/config.json"])
-    with opened(files[part], keep=place.leaves("text")) as file:
+    with opened(files[part], keep=True) as file:
         source = pick(file, "clip", width=config.hidden_size)
         check_depth(config, source)
         parts = {"text": CLIP_LAYERS}
-        clip = load_parts(lambda: kind(config), source, place, parts, rename=published_clip)
+        clip = load_parts(lambda: kind(config), source, place, parts, rename=published_clip, keep=True)
     place_positions(clip, config.max_position_embeddings, place.device)
     return clip
 

@@ -70,7 +70,7 @@ class FluxTextEncoder:
             place = replace(place, dtype=torch.float32)
         clip = load_clip(files, "text_encoder", CLIPTextModel, place)
         t5_config = read_config(T5Config, files["text_encoder_2/config.json"])
-        with opened(files["text_encoder_2"], keep=place.leaves("text")) as file:
+        with opened(files["text_encoder_2"], keep=True) as file:
             source = pick(file, "t5")
             check_depth(t5_config, source)
             t5 = load_parts(
@@ -80,6 +80,7 @@ class FluxTextEncoder:
                 {"text": T5_BLOCKS},
                 tied={"encoder.embed_tokens.weight": "shared.weight"},
                 treat=treatment("t5", place.encoders or place.quantization),
+                keep=True,
             )
         return cls(
             load_tokenizer(CLIPTokenizer, files["tokenizer"], clip.config.vocab_size),
@@ -97,6 +98,10 @@ class FluxTextEncoder:
         # What is remembered is on the host: 64 prompts take a quarter of a gigabyte.
         rows = [self._cache.get(prompt, lambda p=prompt: self._encode_one(p).to("cpu")) for prompt in prompts]
         return TextCond.cat([row.to(device) for row in rows])
+
+    def clear(self) -> None:
+        """Forget what was encoded, because weights changed."""
+        self._cache.clear()
 
     def tokens_over(self, prompt: str) -> int:
         """By how many T5 tokens a prompt is over the limit; 0 if it fits.

@@ -135,6 +135,10 @@ class SDXLTextEncoder:
             rows.append(cond)
         return TextCond.cat(rows)
 
+    def clear(self) -> None:
+        """Forget what was encoded, because weights changed."""
+        self._cache.clear()
+
     def chunk_count(self, prompt: str, weights: bool) -> int:
         return max(1, -(-max(map(len, self._tokens(prompt, weights))) // (LENGTH - 2)))
 
