@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from flux_engine.families.base import Family
 from flux_engine.families.flux import FluxFamily
 from flux_engine.families.load import load_family, sized
 from flux_engine.families.sdxl import SDXLFamily
+from flux_engine.lora.state import LoRA, Loras, networks_of
 from flux_engine.pipeline import OnStep, Pipeline, check_cancelled
 from flux_engine.placing import decide
 from flux_engine.quantization.policy import schemes_of
@@ -62,6 +63,7 @@ def load(
     refiner: str | os.PathLike[str] | None = None,
     controlnets: ControlNets = (),
     redux: str | os.PathLike[str] | None = None,
+    loras: Sequence[LoRA | str | os.PathLike[str]] = (),
 ) -> Engine:
     """Load a model and return an engine that runs requests on it.
 
@@ -79,6 +81,7 @@ def load(
     `refiner` is an SDXL refiner to load with an SDXL model, for requests that say `refine`. `controlnets` are
     ControlNets for requests that bring `control` pictures: kinds ("canny") or names that `flux-engine models --all`
     lists, or {"canny": a file or repository}. `redux` is the adapter for FLUX.1 that reads pictures as prompts.
+    `loras` are merged at once, as by `engine.lora.set`.
     Raises UnknownModel, WeightsError, UnsupportedError or OutOfMemory, which is told before any weight is read if
     nothing fits; nothing stays loaded then.
     """
@@ -121,7 +124,10 @@ def load(
     seconds = time.perf_counter() - began
     schemes = " and ".join(placing.schemes)
     log.info("loaded %s on %s as %s, quantization %s, in %.2f s", model, target, compute, schemes, seconds)
-    return Engine(family, slow=slow, load_seconds=seconds)
+    engine = Engine(family, slow=slow, load_seconds=seconds)
+    if loras:
+        engine.lora.set(loras)
+    return engine
 
 
 def _check_saved(asked: str, saved: str | None, name: str, device: torch.device) -> None:
@@ -157,6 +163,30 @@ class Engine:
         self._lock = threading.Lock()
         self._owner: int | None = None
         self.load_seconds = load_seconds
+        families = [family, *([slow] if slow else [])]
+        parts = [(part, net) for each in families for part, net in each.networks().items()]
+        loaded = networks_of(
+            family.spec,
+            list({id(net): (part, net) for part, net in parts}.values()),
+            [
+                one
+                for residents in {id(f.residents): f.residents for f in families}.values()
+                for one in residents.loaded
+            ],
+        )
+        self.lora = Loras(lambda: self.spec, loaded, lambda: self._turn(None), self._weights_change)
+
+    def _weights_change(self, parts: Iterable[str]) -> None:
+        """Forget what was made with the weights of these parts."""
+        for pipeline in (self._pipeline, self._slow):
+            if pipeline is None:
+                continue
+            family = pipeline.family
+            family.residents.settle()
+            if any(part.startswith("text_encoder") for part in parts):
+                family.text.clear()
+            if family.precompute is not None:
+                family.precompute.forget()
 
     @property
     def spec(self) -> ModelSpec:
@@ -198,12 +228,13 @@ class Engine:
         job = request.resolve(self.spec)
         pipeline = self._slow if job.go_fast is False and self._slow else self._pipeline
         with self._turn(cancel), _memory_errors(f"{job.width}x{job.height}"):
+            self.lora.converge()
             output = pipeline.run(job, on_step=on_step, cancel=cancel)
         return Result(
             images=[_convert(picture, job) for picture in output.pictures],
             job=job,
             timings=output.timings,
-            notes=(*job.notes, *_otherwise(job, pipeline.family.quantization), *output.notes),
+            notes=(*job.notes, *_otherwise(job, pipeline.family.quantization), *self.lora.notes, *output.notes),
             controls=output.maps,
             quantization=pipeline.family.quantization,
             moved=output.moved,
@@ -250,6 +281,7 @@ class Engine:
             "device": str(family.net.device),
             "hardware": hardware.describe(family.net.device),
             "quantization": "both" if self._slow else family.quantization,
+            "loras": self.lora.describe(),
             "evicted_bytes": family.residents.away(),
             "plan": plan.describe() if plan else None,
             "parts": {

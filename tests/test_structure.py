@@ -49,6 +49,7 @@ LEVELS = {
     "plan": 2.6,
     "staging": 1,
     "memory": 3.05,
+    "lora": 3.1,
     "placing": 4.1,
     "text": 3.1,
     "families": 4,

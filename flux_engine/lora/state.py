@@ -1,0 +1,228 @@
+"""Which LoRAs are merged in the weights of an engine, and changing that.
+
+Each parameter carries a tag of what is merged in it. Setting LoRAs says which tags are wanted, and every parameter
+whose tag is another one is read anew from its source with what is wanted merged in: nothing is ever subtracted, so the
+base comes back to the bit. What fails or is cancelled goes back to what was; until it is there the tags say so.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from flux_engine.errors import InvalidRequest, UnsupportedError, WeightsError
+from flux_engine.lora.changes import Change
+from flux_engine.lora.names import PREFIXES, Names
+from flux_engine.lora.reading import Prepared, read_lora
+from flux_engine.memory import Loaded
+from flux_engine.specs import ModelSpec
+
+CACHE = 2**30
+"""Bytes of LoRAs that are kept ready, for switching back to one."""
+MAX_SCALE = 1_000
+Tag = tuple[tuple[int, float], ...]
+"""What is merged in a parameter: numbers of prepared LoRAs, and their scales."""
+Key = tuple[int, str]
+"""Number of a network, name of a parameter."""
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """A LoRA file and how strongly it counts: 1 as it was trained, 0 not at all, below that the other way."""
+
+    path: str | os.PathLike[str]
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network that LoRAs may change."""
+
+    part: str
+    loaded: Loaded
+
+
+@dataclass(frozen=True)
+class _Ready:
+    number: int
+    prepared: Prepared
+
+
+class Loras:
+    """The LoRAs of an engine: `engine.lora.set(["style.safetensors", LoRA("b.safetensors", 0.8)])`."""
+
+    def __init__(
+        self,
+        spec: Callable[[], ModelSpec],
+        networks: Sequence[Network],
+        turn: Callable[[], AbstractContextManager[None]],
+        changed: Callable[[Iterable[str]], None],
+        *,
+        cache_bytes: int = CACHE,
+    ) -> None:
+        """`turn` holds the engine; `changed` is told of the parts whose weights are to change and did."""
+        self._spec, self._networks, self._turn, self._changed = spec, networks, turn, changed
+        self.cache_bytes = cache_bytes
+        self._ready: OrderedDict[tuple[str, int, int, int, bool], _Ready] = OrderedDict()
+        self._count = 0
+        self._names: Names | None = None
+        self._tags: dict[Key, Tag | None] = {}
+        """Of what is not the base; None for what is neither."""
+        self._wanted: dict[Key, Tag] = {}
+        self._in_use: dict[int, Prepared] = {}
+        self.active: tuple[LoRA, ...] = ()
+        """What is merged now, first to last."""
+
+    def set(self, loras: Sequence[LoRA | str | os.PathLike[str]], *, strict: bool = True) -> tuple[Prepared, ...]:
+        """Merge these LoRAs, and no others, into the weights; an empty list gives the base back, bit for bit.
+
+        A LoRA is a path of a safetensors file, or `LoRA(path, scale)`. Only parameters that change are touched, in
+        place. `strict` refuses a file with tensors that mean nothing to this model; else they are left out and
+        reported with every result. Returns what was read of each.
+        Raises InvalidRequest, or WeightsError for a file that cannot be used; then, as after anything that
+        interrupts it, all is as it was.
+        """
+        chosen = _checked(loras)
+        with self._turn():
+            self.converge()
+            ready = [self._prepare(Path(lora.path), strict) for lora in chosen]
+            wanted: dict[Key, Tag] = {}
+            for one, lora in zip(ready, chosen, strict=True):
+                for part, name in one.prepared.changes if lora.scale else ():
+                    for number, network in enumerate(self._networks):
+                        if network.part == part:
+                            key = (number, name)
+                            wanted[key] = (*wanted.get(key, ()), (one.number, float(lora.scale)))
+            before = self._wanted, self._in_use
+            self._wanted = wanted
+            self._in_use = {**self._in_use, **{one.number: one.prepared for one in ready}}
+            try:
+                self.converge()
+            except BaseException:
+                self._wanted, self._in_use = before
+                self.converge()
+                raise
+            self._in_use = {one.number: one.prepared for one in ready}
+            self.active = chosen
+            self._trim()
+        return tuple(one.prepared for one in ready)
+
+    def clear(self) -> None:
+        """Give the base back."""
+        self.set([])
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said of LoRAs that are merged in part only, with every result."""
+        return [
+            f"LoRA {prepared.path.name}: {len(prepared.unknown)} tensors mean nothing to {self._spec().name} and were "
+            f"left out: {', '.join(prepared.unknown[:3])}{', ...' if len(prepared.unknown) > 3 else ''}"
+            for prepared in self._in_use.values()
+            if prepared.unknown
+        ]
+
+    def describe(self) -> list[dict[str, object]]:
+        """What is merged, for `Engine.describe`."""
+        return [
+            {"path": str(lora.path), "scale": lora.scale, "kind": prepared.kind, "parameters": len(prepared.changes)}
+            for lora in self.active
+            for prepared in [self._prepared(lora)]
+        ]
+
+    def converge(self) -> None:
+        """Make of every parameter what is wanted; of most, nothing is to be made. Called before every request, in case
+        the last change was interrupted twice. Raises WeightsError if a file was changed since."""
+        differing = [
+            key for key in {**self._tags, **self._wanted} if self._tags.get(key, ()) != self._wanted.get(key, ())
+        ]
+        if not differing:
+            return
+        self._changed({self._networks[number].part for number, _ in differing})
+        for key in sorted(differing):
+            number, name = key
+            loaded, tag = self._networks[number].loaded, self._wanted.get(key, ())
+            self._tags[key] = None
+            if tag:
+                part = self._networks[number].part
+                loaded.filling.merged[name] = _merge(
+                    [(self._in_use[one].changes[part, name], scale) for one, scale in tag]
+                )
+            else:
+                loaded.filling.merged.pop(name, None)
+            loaded.refresh(name)
+            if tag:
+                self._tags[key] = tag
+            else:
+                del self._tags[key]
+
+    def _prepared(self, lora: LoRA) -> Prepared:
+        return next(each for each in self._in_use.values() if each.path == Path(lora.path))
+
+    def _prepare(self, path: Path, strict: bool) -> _Ready:
+        if not self._networks:
+            raise UnsupportedError(
+                "LoRAs are merged from the files that a model was loaded from, and this engine was put together without"
+            )
+        try:
+            stat = path.stat()
+        except (OSError, ValueError):
+            raise WeightsError(f"there is no LoRA at {path}") from None
+        if path.is_dir():
+            raise WeightsError(f"{path} is a folder: name the .safetensors file in it")
+        key = (str(path.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ino, strict)
+        if key not in self._ready:
+            networks: dict[str, nn.Module] = {}
+            for network in self._networks:
+                networks.setdefault(network.part, network.loaded.net)
+            self._names = self._names or Names(self._spec(), networks)
+            self._count += 1
+            self._ready[key] = _Ready(self._count, read_lora(path, self._names, networks, strict=strict))
+        self._ready.move_to_end(key)
+        return self._ready[key]
+
+    def _trim(self) -> None:
+        total = sum(each.prepared.bytes for each in self._ready.values())
+        for key, ready in list(self._ready.items()):
+            if total > self.cache_bytes and ready.number not in self._in_use:
+                total -= self._ready.pop(key).prepared.bytes
+
+
+def networks_of(spec: ModelSpec, parts: Sequence[tuple[str, nn.Module]], loaded: Sequence[Loaded]) -> list[Network]:
+    """Those of a model's networks that LoRAs may change, and that can be read once more."""
+    kind = next(kind for kind in PREFIXES if isinstance(spec, kind))
+    return [Network(part, each) for part, net in parts for each in loaded if part in PREFIXES[kind] and each.net is net]
+
+
+def _merge(parts: Sequence[tuple[Sequence[Change], float]]) -> Callable[[Tensor], Tensor]:
+    def merged(base: Tensor) -> Tensor:
+        weight = base.clone()
+        for changes, scale in parts:
+            for change in changes:
+                change.add_to(weight, base, scale)
+        return weight
+
+    return merged
+
+
+def _checked(loras: object) -> tuple[LoRA, ...]:
+    if isinstance(loras, str | bytes | os.PathLike | LoRA | Mapping) or not isinstance(loras, Iterable):
+        raise InvalidRequest(f"loras are a list of paths or LoRA(path, scale), not {loras!r}", field="loras")
+    checked: list[LoRA] = []
+    for each in loras:
+        lora = each if isinstance(each, LoRA) else LoRA(each)
+        if not isinstance(lora.path, str | os.PathLike) or not str(lora.path) or "\0" in str(lora.path):
+            raise InvalidRequest(f"a LoRA is named by the path of its file, not by {lora.path!r}", field="loras")
+        scale = lora.scale
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not isfinite(scale):
+            raise InvalidRequest(f"the scale of a LoRA is a number, not {scale!r}", field="loras")
+        if abs(scale) > MAX_SCALE:
+            raise InvalidRequest(f"the scale of a LoRA is at most {MAX_SCALE:,}, not {scale:g}", field="loras")
+        checked.append(lora)
+    return tuple(checked)
