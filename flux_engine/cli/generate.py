@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -54,6 +55,9 @@ def _add_drawing(generate: argparse.ArgumentParser) -> None:
     generate.add_argument("--dtype", help=", ".join(DTYPES))
     generate.add_argument("--quantization", metavar="SCHEME", help=", ".join(QUANTIZATIONS))
     generate.add_argument("--memory", metavar="SIZE", help=f"that may be taken, as 12GB; or {', '.join(MEMORY)}")
+    generate.add_argument(
+        "--lora", action="append", default=[], metavar="FILE[:SCALE]", help="a .safetensors file; repeatable"
+    )
     generate.add_argument("--negative-prompt")
     generate.add_argument(
         "--aspect-ratio", metavar="W:H", help=f"one of {', '.join(PUBLISHED_SIZES)}; or {MATCH_INPUT_IMAGE}"
@@ -77,6 +81,12 @@ def _add_drawing(generate: argparse.ArgumentParser) -> None:
     sdxl.add_argument("--prompt-chunks", action="store_true", help="read prompts over 77 tokens whole")
 
 
+def _lora(text: str) -> tuple[str, float]:
+    """FILE or FILE:SCALE; what stands behind the last colon is a scale if it is a number."""
+    match = re.fullmatch(r"(?P<path>.+):(?P<scale>[-+]?(?:\d+(?:\.\d*)?|\.\d+))", text, re.S)
+    return (match["path"], float(match["scale"])) if match else (text, 1.0)
+
+
 def _generate(args: argparse.Namespace) -> None:
     config = EngineConfig.from_environment(
         device=args.device, dtype=args.dtype, quantization=args.quantization, memory=args.memory
@@ -84,6 +94,7 @@ def _generate(args: argparse.Namespace) -> None:
     known = hub.manifests(config.weights)
     spec = refined(_spec(args.model, known, config), _spec(args.refiner, known, config) if args.refiner else None)
     request = _request(args)
+    loras = [_lora(text) for text in args.lora]
     spec, beside = sources.beside(args, spec, known, config)
     job = request.resolve(spec)
     kind, paths, control_paths = _outputs(args, job)
@@ -99,6 +110,7 @@ def _generate(args: argparse.Namespace) -> None:
         refiner=args.refiner,
         controlnets=beside.controlnets,
         redux=beside.redux,
+        loras=[flux_engine.LoRA(path, scale) for path, scale in loras],
     )
     timings["load"] = engine.load_seconds
     if not args.json:
