@@ -23,6 +23,7 @@ from flux_engine.families.base import Family
 from flux_engine.families.flux import FluxFamily
 from flux_engine.families.load import load_family, sized
 from flux_engine.families.sdxl import SDXLFamily
+from flux_engine.lora.modes import Mode
 from flux_engine.lora.state import LoRA, Loras, networks_of
 from flux_engine.pipeline import OnStep, Pipeline, check_cancelled
 from flux_engine.placing import decide
@@ -174,13 +175,22 @@ class Engine:
                 for one in residents.loaded
             ],
         )
-        self.lora = Loras(lambda: self.spec, loaded, lambda: self._turn(None), self._weights_change)
+        self._plain = [pipeline.family.spec for pipeline in self._pipelines()]
+        self.lora = Loras(
+            lambda: self._plain[0], loaded, lambda: self._turn(None), self._weights_change, self._mode_changes
+        )
+
+    def _pipelines(self) -> list[Pipeline]:
+        return [pipeline for pipeline in (self._pipeline, self._slow) if pipeline is not None]
+
+    def _mode_changes(self, mode: Mode | None) -> None:
+        """What requests have by default, while a LoRA says so."""
+        for pipeline, plain in zip(self._pipelines(), self._plain, strict=True):
+            pipeline.family = pipeline.family.with_spec(mode.of(plain) if mode else plain)
 
     def _weights_change(self, parts: Iterable[str]) -> None:
         """Forget what was made with the weights of these parts."""
-        for pipeline in (self._pipeline, self._slow):
-            if pipeline is None:
-                continue
+        for pipeline in self._pipelines():
             family = pipeline.family
             family.residents.settle()
             if any(part.startswith("text_encoder") for part in parts):

@@ -18,7 +18,9 @@ from torch import Tensor
 
 import flux_engine
 from flux_engine import InvalidRequest, LoRA, WeightsError
+from flux_engine.lora.modes import mode_of
 from flux_engine.quantization.linears import QuantizedLinear, quantize_weight
+from flux_engine.specs import SDXL
 
 FLUX_ATTENTION = [f"transformer_blocks.0.attn.{n}" for n in ("to_q", "to_k", "to_v", "to_out.0")]
 FLUX_TEXT = [f"transformer_blocks.1.attn.{n}" for n in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")]
@@ -583,3 +585,55 @@ def test_a_thousand_changes_end_with_the_base(
     assert interruptions > 50
     model.engine.lora.clear()
     assert model.unchanged()
+
+
+MODE_NAMES = {
+    "models--latent-consistency--lcm-lora-sdxl/snapshots/x/pytorch_lora_weights.safetensors": ("lcm", 4),
+    "sdxl_lightning_8step_lora.safetensors": ("lightning", 8),
+    "Hyper-SDXL-12steps-CFG-lora.safetensors": ("hyper", 12),
+    "style.safetensors": None,
+    "welcome.safetensors": None,
+    "Hyper-FLUX.1-dev-8steps-lora.safetensors": None,
+}
+
+
+@pytest.mark.parametrize("name", MODE_NAMES)
+def test_loras_of_few_steps_are_told_by_their_names(name: str) -> None:
+    mode = mode_of("auto", name, SDXL)
+    assert (mode and (mode.name, mode.steps)) == MODE_NAMES[name]
+
+
+def test_a_mode_lasts_as_long_as_its_lora(sdxl: Model) -> None:
+    engine, plain = sdxl.engine, sdxl.engine.spec
+    tensors, _ = files.peft("unet.")(modules(sdxl.base, SDXL_ATTENTION, size=0.01))
+    path, other = sdxl.file(tensors), sdxl.file(tensors)
+    request: dict[str, Any] = {"seed": 0, "width": 64, "height": 64}
+    try:
+        engine.lora.set([LoRA(path, mode="lcm"), other])
+        job = engine("a red circle", **request).job
+        assert (job.num_inference_steps, job.scheduler, job.true_cfg_scale) == (4, "LCM", 1.0)
+        assert (
+            engine("a red circle", num_inference_steps=2, scheduler="K_EULER", **request).job.num_inference_steps == 2
+        )
+        engine.lora.set([LoRA(path, mode="lightning-2")])
+        job = engine("a red circle", **request).job
+        assert (job.num_inference_steps, job.scheduler, engine.spec.schedule.timestep_spacing) == (
+            2,
+            "K_EULER",
+            "trailing",
+        )  # pyright: ignore
+        engine.lora.set([LoRA(path, 0.0, mode="lcm"), LoRA(path, mode=None)])
+        assert engine.spec == plain
+        for loras, message in (
+            ([LoRA(path, mode="lcm"), LoRA(other, mode="hyper")], "only one LoRA sets the steps"),
+            ([LoRA(path, mode="nonsense")], "mode is 'auto'"),
+            ([LoRA(path, mode="lightning-0")], "1 to 50"),
+            ([LoRA(path, mode="turbo-flux")], "is a mode of FLUX.1"),
+        ):
+            with pytest.raises(InvalidRequest, match=message):
+                engine.lora.set(loras)
+        assert engine.spec == plain
+    finally:
+        engine.lora.clear()
+    assert engine.spec == plain
+    assert sdxl.unchanged()

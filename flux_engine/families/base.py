@@ -275,6 +275,10 @@ class Family(ABC, Generic[Spec]):
     def export_as_published(self, folder: Path) -> Path:
         """Write the publisher's own kind of file, or files. Raises OutputError."""
 
+    def with_spec(self, spec: ModelSpec) -> Self:
+        """The same with other defaults."""
+        return replace(self, spec=spec)  # pyright: ignore[reportArgumentType]
+
     def with_controlnets(self, found: Sequence[tuple[ControlNetSpec, Path]]) -> Self:
         """The same with ControlNets beside it. Raises WeightsError for one that does not fit."""
         if not found:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from flux_engine.errors import InvalidRequest, UnsupportedError, WeightsError
 from flux_engine.lora.changes import Change
+from flux_engine.lora.modes import Mode, mode_of
 from flux_engine.lora.names import PREFIXES, Names
 from flux_engine.lora.reading import Prepared, read_lora
 from flux_engine.memory import Loaded
@@ -39,6 +40,9 @@ class LoRA:
 
     path: str | os.PathLike[str]
     scale: float = 1.0
+    mode: str | None = "auto"
+    """What it sets for requests: a name of `lora.modes.MODES`, as "lcm" or "lightning-8"; None for nothing; "auto" is
+    told by the file's name."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +68,13 @@ class Loras:
         networks: Sequence[Network],
         turn: Callable[[], AbstractContextManager[None]],
         changed: Callable[[Iterable[str]], None],
+        moded: Callable[[Mode | None], None],
         *,
         cache_bytes: int = CACHE,
     ) -> None:
-        """`turn` holds the engine; `changed` is told of the parts whose weights are to change and did."""
-        self._spec, self._networks, self._turn, self._changed = spec, networks, turn, changed
+        """`spec` is what the model is by itself. `turn` holds the engine; `changed` is told of the parts whose weights
+        are to change and did, `moded` of the mode that requests are to have."""
+        self._spec, self._networks, self._turn, self._changed, self._moded = spec, networks, turn, changed, moded
         self.cache_bytes = cache_bytes
         self._ready: OrderedDict[tuple[str, int, int, int, bool], _Ready] = OrderedDict()
         self._count = 0
@@ -79,17 +85,21 @@ class Loras:
         self._in_use: dict[int, Prepared] = {}
         self.active: tuple[LoRA, ...] = ()
         """What is merged now, first to last."""
+        self.mode: Mode | None = None
+        """What one of them sets for requests: steps, guidance, scheduler."""
 
     def set(self, loras: Sequence[LoRA | str | os.PathLike[str]], *, strict: bool = True) -> tuple[Prepared, ...]:
         """Merge these LoRAs, and no others, into the weights; an empty list gives the base back, bit for bit.
 
         A LoRA is a path of a safetensors file, or `LoRA(path, scale)`. Only parameters that change are touched, in
         place. `strict` refuses a file with tensors that mean nothing to this model; else they are left out and
-        reported with every result. Returns what was read of each.
+        reported with every result. One that was made for few steps sets what requests have by default, until it is
+        unset (`LoRA.mode`). Returns what was read of each.
         Raises InvalidRequest, or WeightsError for a file that cannot be used; then, as after anything that
         interrupts it, all is as it was.
         """
         chosen = _checked(loras)
+        mode = self._mode_of(chosen)
         with self._turn():
             self.converge()
             ready = [self._prepare(Path(lora.path), strict) for lora in chosen]
@@ -111,8 +121,22 @@ class Loras:
                 raise
             self._in_use = {one.number: one.prepared for one in ready}
             self.active = chosen
+            if mode != self.mode:
+                self.mode = mode
+                self._moded(mode)
             self._trim()
         return tuple(one.prepared for one in ready)
+
+    def _mode_of(self, chosen: Sequence[LoRA]) -> Mode | None:
+        modes = [
+            (lora, mode)
+            for lora in chosen
+            if lora.scale and (mode := mode_of(lora.mode, str(lora.path), self._spec())) is not None
+        ]
+        if len({mode for _, mode in modes}) > 1:
+            told = " and ".join(f"{lora.path} ({mode.name}, {mode.steps} steps)" for lora, mode in modes)
+            raise InvalidRequest(f"only one LoRA sets the steps: {told}. Say mode=None for the others", field="loras")
+        return modes[0][1] if modes else None
 
     def clear(self) -> None:
         """Give the base back."""
