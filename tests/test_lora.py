@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -13,11 +14,13 @@ import lora_files as files
 import pytest
 import torch
 from lora_files import RANK, File, Modules, as_diffusers, delta, modules
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
 import flux_engine
 from flux_engine import InvalidRequest, LoRA, WeightsError
+from flux_engine.cli import main
 from flux_engine.lora.modes import mode_of
 from flux_engine.quantization.linears import QuantizedLinear, quantize_weight
 from flux_engine.specs import SDXL
@@ -637,3 +640,48 @@ def test_a_mode_lasts_as_long_as_its_lora(sdxl: Model) -> None:
         engine.lora.clear()
     assert engine.spec == plain
     assert sdxl.unchanged()
+
+
+def test_a_file_is_told_without_a_model(
+    flux: Model, sdxl: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names, write = FLUX_FAMILIES["kohya"]
+    path = flux.file(write(modules(flux.base, names))[0], {"ss_network_dim": "4"})
+    assert main(["lora", "inspect", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "kohya LoRA of rank 4 to 16, for FLUX.1" in said
+    assert "alpha 2" in said
+    assert "ss_network_dim: 4" in said
+    names, write = SDXL_FAMILIES["kohya"]
+    assert main(["lora", "inspect", str(sdxl.file(write(modules(sdxl.base, names))[0])), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["weights"] == len(names)
+    assert main(["lora", "inspect", str(flux.file({"a.weight": torch.zeros(1)}))]) == 1
+    assert "is no LoRA" in capsys.readouterr().err
+    assert main(["lora", "inspect", str(tmp_path / "none")]) == 1
+
+
+def test_loras_on_the_command_line(flux: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = flux.file(files.peft("transformer.")(modules(flux.base, FLUX_ALL))[0])
+    out = tmp_path / "a.png"
+    how = [
+        "a red circle",
+        "--model",
+        "demo-dev",
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--seed",
+        "0",
+        "--steps",
+        "1",
+    ]
+    how += ["--steps", "1", "--width", "64", "--height", "64", "-o", str(out)]
+    assert main(["generate", *how, "--lora", f"{path}:0.5"]) == 0
+    flux.engine.lora.set([LoRA(path, 0.5)])
+    wanted = flux.engine("a red circle", seed=0, num_inference_steps=1, width=64, height=64).images[0]
+    flux.engine.lora.clear()
+    with Image.open(out) as drawn:
+        assert drawn.tobytes() == wanted.tobytes()
+    assert main(["generate", *how, "--lora", str(tmp_path / "none.safetensors")]) == 1
+    assert "there is no LoRA" in capsys.readouterr().err

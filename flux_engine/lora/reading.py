@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -122,6 +123,31 @@ def read_lora(path: Path, names: Names, networks: Mapping[str, nn.Module], *, st
     touched = " and ".join(sorted({part for part, _ in changes}))
     told = {key: tuple(each) for key, each in changes.items()}
     return Prepared(path, told, f"{kind}, {touched}", tuple(unknown))
+
+
+def inspect_lora(path: Path) -> dict[str, Any]:
+    """What a LoRA file says of itself, without a model: its kind, the models it is for (None if it does not tell), how
+    many weights it changes, the alphas it has, and its header's metadata. Raises WeightsError for what is none."""
+    with WeightSource.open(path) as source:
+        slots, unknown = _sorted(path, source)
+        ranks: set[int] = set()
+        alphas: set[float] = set()
+        plain = {stem for stem, parts in slots.items() if all(slot.startswith("instead_") for slot in parts)}
+        for parts in slots.values():
+            if "down" in parts and source.recipes[parts["down"]].shape:
+                ranks.add(source.recipes[parts["down"]].shape[0])
+            if "alpha" in parts and len(alphas) < SHOWN:
+                alphas.add(float(_finite(path, source, parts["alpha"]).flatten()[:1].sum()))
+        if not slots or len(plain) == len(slots):
+            raise WeightsError(f"{path} is no LoRA that is known here: it holds {_some(sorted(source.recipes))}")
+        return {
+            "kind": _kind(list(source.recipes), {slot for parts in slots.values() for slot in parts}, ranks),
+            "made for": made_for(list(source.recipes)),
+            "weights": len(slots) - len(plain),
+            "alphas": sorted(alphas),
+            "not told": sorted(unknown) + sorted(name for stem in plain for name in slots[stem].values()),
+            "metadata": source.metadata,
+        }
 
 
 def _sorted(path: Path, source: WeightSource) -> tuple[dict[str, dict[str, str]], list[str]]:
