@@ -176,12 +176,15 @@ class Engine:
             ],
         )
         self._plain = [pipeline.family.spec for pipeline in self._pipelines()]
-        self.lora = Loras(
-            lambda: self._plain[0], loaded, lambda: self._turn(None), self._weights_change, self._mode_changes
-        )
+        self.lora = Loras(lambda: self._plain[0], loaded, self._merging, self._weights_change, self._mode_changes)
 
     def _pipelines(self) -> list[Pipeline]:
         return [pipeline for pipeline in (self._pipeline, self._slow) if pipeline is not None]
+
+    @contextmanager
+    def _merging(self) -> Iterator[None]:
+        with self._turn(None), _memory_errors("merging LoRAs", "Merging takes some copies of the largest weight"):
+            yield
 
     def _mode_changes(self, mode: Mode | None) -> None:
         """What requests have by default, while a LoRA says so."""
@@ -380,7 +383,7 @@ def _convert(picture: torch.Tensor, job: Job) -> Any:
 
 
 @contextmanager
-def _memory_errors(doing: str) -> Iterator[None]:
+def _memory_errors(doing: str, remedy: str = "Ask for fewer or smaller pictures") -> Iterator[None]:
     """Turn torch's ways of saying that memory ran out into one typed error."""
     try:
         yield
@@ -389,7 +392,7 @@ def _memory_errors(doing: str) -> Iterator[None]:
         if not (cpu or isinstance(error, torch.OutOfMemoryError)):
             raise
         first = str(error).splitlines()[0]
-        message = f"out of memory at {doing}: {first}. Ask for fewer or smaller pictures"
+        message = f"out of memory at {doing}: {first}. {remedy}"
     else:
         return
     # Outside the handler, so that the failed frames and the tensors they hold are gone before the cache is emptied.
