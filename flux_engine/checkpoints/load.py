@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from math import prod
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,17 @@ SHOWN = 8
 """How many names of each kind an error lists."""
 
 
-Merge = Callable[[Tensor], Tensor]
-"""A parameter as it is stored, in float32 -> the same with something added, in float32; the first may be written to."""
+class Merge(Protocol):
+    """What is added to a parameter whenever it is read."""
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether some rows can be done without the others."""
+        ...
+
+    def add(self, weight: Tensor, start: int) -> None:
+        """To rows of the parameter from `start` on, as they are stored, in float32, in place."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -68,26 +78,32 @@ class Filling:
         """A parameter with what is merged in it: added in float32 to the numbers as they are stored, and only then
         rounded, so that nothing small is lost to a weight of 8 bits."""
         linear, _, leaf = name.rpartition(".")
-        source, stored = self.source, self.stored[name]
+        source, stored, merge = self.source, self.stored[name], self.merged[name]
         scheme = self.schemes.get(linear) if leaf == "weight" else None
-        base = source.rows(stored, dtype=torch.float32, own=True).to(self.device)
+        recipe = source.recipes[stored]
         scales = stored.removesuffix(".weight") + SCALE
-        if scheme is not None and scales in source.recipes:
-            base *= source.rows(scales, own=True).to(self.device)[:, None]
-        weight = self.merged[name](base)
-        if scheme is None:
-            told = weight.to(self.dtype)
-            rounded = {name: told}
-        else:
-            values = torch.empty(weight.shape, dtype=scheme.dtype, device=self.device)
-            told = torch.empty(len(weight), dtype=torch.float32, device=self.device)
-            step = max(1, BLOCK // (4 * max(1, weight.shape[1])))
-            for row in range(0, len(weight), step):
-                rows = slice(row, row + step)
-                values[rows], told[rows] = quantize_weight(weight[rows], scheme)
-            rounded = {name: values, linear + SCALE: told}
-        if not told.isfinite().all():
-            raise WeightsError(f"with what is to be merged in it, {name} is not finite as {self.dtype}")
+        count = recipe.shape[0] if recipe.shape else 1
+        values = torch.empty(recipe.shape, dtype=scheme.dtype if scheme else self.dtype, device=self.device)
+        scale = torch.empty(count, dtype=torch.float32, device=self.device)
+        some = max(1, BLOCK // (4 * max(1, prod(recipe.shape[1:]))))
+        step = count if recipe.transposed or not merge.by_rows else some
+        for start in range(0, count, max(1, step)):
+            stop = min(start + step, count)
+            weight = source.rows(stored, start, stop, dtype=torch.float32, own=True).to(self.device)
+            if scheme is not None and scales in source.recipes:
+                weight *= source.rows(scales, start, stop, own=True).to(self.device)[:, None]
+            merge.add(weight, start)
+            if scheme is None:
+                values[start:stop] = weight
+                told = values[start:stop]
+            else:
+                for row in range(0, len(weight), some):
+                    rows = slice(start + row, min(start + row + some, stop))
+                    values[rows], scale[rows] = quantize_weight(weight[row : row + some], scheme)
+                told = scale[start:stop]
+            if not told.isfinite().all():
+                raise WeightsError(f"with what is to be merged in it, {name} is not finite as {self.dtype}")
+        rounded = {name: values} if scheme is None else {name: values, linear + SCALE: scale}
         return rounded
 
     def _quantized(self, name: str, scheme: Scheme, own: bool) -> tuple[Tensor, Tensor]:

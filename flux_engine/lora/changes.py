@@ -190,6 +190,23 @@ class Change:
             return f"its magnitudes are {list(self.magnitude.shape)}, and the weight is {list(wanted)}"
         return None
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether rows can be changed without the others at hand."""
+        return isinstance(self.form, LowRank) and self.form.mid is None and self.magnitude is None
+
+    def add_to_rows(self, weight: Tensor, start: int, scale: float) -> None:
+        """As `add_to`, to rows from `start` on, where `by_rows`: a product of a few rows stays in the cache."""
+        assert isinstance(self.form, LowRank)
+        down, stop, at = _matrix(self.form.down, weight), start + len(weight), 0
+        for first, last in self.rows or ((0, self.form.up.shape[0]),):
+            a, b = max(first, start), min(last, stop)
+            if a < b:
+                up = _matrix(self.form.up[at + a - first : at + b - first], weight)
+                rows = weight[a - start : b - start].view(b - a, -1)
+                rows.addmm_(up, down, alpha=scale * self.factor)
+            at += last - first
+
     def add_to(self, weight: Tensor, base: Tensor, scale: float) -> None:
         """Add scale times the difference to `weight`, in place; both float32, of the parameter's shape."""
         if self.rows is None:

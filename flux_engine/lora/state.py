@@ -175,8 +175,8 @@ class Loras:
             self._tags[key] = None
             if tag:
                 part = self._networks[number].part
-                loaded.filling.merged[name] = _merge(
-                    [(self._in_use[one].changes[part, name], scale) for one, scale in tag]
+                loaded.filling.merged[name] = _Merged(
+                    [(change, scale) for one, scale in tag for change in self._in_use[one].changes[part, name]]
                 )
             else:
                 loaded.filling.merged.pop(name, None)
@@ -224,15 +224,23 @@ def networks_of(spec: ModelSpec, parts: Sequence[tuple[str, nn.Module]], loaded:
     return [Network(part, each) for part, net in parts for each in loaded if part in PREFIXES[kind] and each.net is net]
 
 
-def _merge(parts: Sequence[tuple[Sequence[Change], float]]) -> Callable[[Tensor], Tensor]:
-    def merged(base: Tensor) -> Tensor:
-        weight = base.clone()
-        for changes, scale in parts:
-            for change in changes:
-                change.add_to(weight, base, scale)
-        return weight
+@dataclass(frozen=True)
+class _Merged:
+    """Changes of one parameter, each with its scale."""
 
-    return merged
+    parts: Sequence[tuple[Change, float]]
+
+    @property
+    def by_rows(self) -> bool:
+        return all(change.by_rows for change, _ in self.parts)
+
+    def add(self, weight: Tensor, start: int) -> None:
+        base = weight if self.by_rows else weight.clone()
+        for change, scale in self.parts:
+            if self.by_rows:
+                change.add_to_rows(weight, start, scale)
+            else:
+                change.add_to(weight, base, scale)
 
 
 def _checked(loras: object) -> tuple[LoRA, ...]:
