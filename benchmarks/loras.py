@@ -1,6 +1,6 @@
 """Switching LoRAs on a FLUX.1 transformer of true width, against diffusers.
 
-python -m benchmarks.loras [--rank 16] [--double 2] [--single 4] [--repeats 3]
+python -m benchmarks.loras [--rank 16] [--double 2] [--single 4] [--repeats 3] [--schemes none int8]
 
 The weights are random numbers, and there are two LoRAs on every linear of the blocks. One of them is merged; a switch
 takes it out and merges the other: here `lora.set`, there unfuse, unload, load and fuse. `first` reads a LoRA's file for
@@ -129,6 +129,7 @@ def main() -> None:
     parser.add_argument("--double", type=int, default=2)
     parser.add_argument("--single", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--schemes", nargs="+", default=["none", "int8"], help="of ours; fp8 takes minutes")
     parser.add_argument("--run", nargs=2, metavar=("WHICH", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
@@ -143,8 +144,7 @@ def main() -> None:
         for n in (0, 1):
             write_lora(Path(folder) / f"{n}.safetensors", params, args.rank, n)
         this = [sys.executable, "-m", "benchmarks.loras", "--run"]
-        schemes = {"diffusers": "diffusers", "bf16": "none", "int8": "int8", "fp8": "fp8"}
-        runs = interleave({name: [*this, which, folder] for name, which in schemes.items()}, repeats=args.repeats)
+        runs = interleave({one: [*this, one, folder] for one in ("diffusers", *args.schemes)}, repeats=args.repeats)
     report("loras", runs, "diffusers")
 
 
