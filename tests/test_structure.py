@@ -50,6 +50,8 @@ LEVELS = {
     "staging": 1,
     "memory": 3.05,
     "lora": 3.1,
+    "downloads": 3.12,
+    "references": 3.13,
     "placing": 4.1,
     "text": 3.1,
     "families": 4,
