@@ -72,15 +72,19 @@ def timed(change: Callable[[str], object], clear: Callable[[], object], loras: l
 def ours(model: str, loras: list[str], scheme: str) -> dict[str, float]:
     """The engine's way, without text encoders and autoencoder."""
     from flux_engine.families.flux import load_transformer, sized
+    from flux_engine.lora.finding import Found, Named
     from flux_engine.lora.state import Loras, networks_of
     from flux_engine.memory import Place
     from flux_engine.specs import FLUX_SCHNELL
+
+    def here(named: Named) -> Found:
+        return Found(Path(named), str(named))
 
     spec = sized(FLUX_SCHNELL, Path(model))
     place = Place(torch.bfloat16, torch.device("cpu"), scheme)
     net, _ = load_transformer(spec, Path(model), place)
     networks = networks_of(spec, [("transformer", net)], place.residents.loaded)
-    state = Loras(lambda: spec, networks, nullcontext, lambda parts: None, lambda mode: None)
+    state = Loras(lambda: spec, networks, nullcontext, lambda parts: None, lambda mode: None, here)
     return timed(lambda path: state.set([path]), state.clear, loras)
 
 

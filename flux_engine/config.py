@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from flux_engine.errors import UnsupportedError
@@ -43,7 +43,16 @@ class EngineConfig:
     """Another folder with `manifests/` beside the one that comes with the package."""
     cache: Path | None = None
     """Where it is remembered which weight files were verified; from the environment ~/.cache/flux-engine unless said
-    otherwise. None remembers nothing."""
+    otherwise. None remembers nothing. LoRAs that were fetched lie under it as well."""
+    lora_cache: int = 50 * 10**9
+    """Bytes of those LoRAs; beyond that what was used longest ago goes."""
+    hf_token: str | None = field(default=None, repr=False)
+    """Of Hugging Face, for LoRAs; None for what its own library was told."""
+    civitai_api_token: str | None = field(default=None, repr=False)
+    replicate_api_token: str | None = field(default=None, repr=False)
+    """Tokens go to their own sites only, and are shown nowhere."""
+    offline: bool = False
+    """Whether LoRAs are taken from what is here only."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -89,6 +98,10 @@ class EngineConfig:
             embedding_cache=embedding_cache,
             weights=Path(weights) if weights else None,
             cache=_cache(environment),
+            lora_cache=_bytes_of(environment, "FLUX_ENGINE_LORA_CACHE", cls.lora_cache),
+            civitai_api_token=environment.get("CIVITAI_API_TOKEN"),
+            replicate_api_token=environment.get("REPLICATE_API_TOKEN"),
+            offline=environment.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"),
         )
 
 
@@ -103,6 +116,13 @@ def parse_bytes(said: str | int) -> int:
     if size <= 0:
         raise ValueError(said)
     return size
+
+
+def _bytes_of(environment: Mapping[str, str], name: str, otherwise: int) -> int:
+    try:
+        return parse_bytes(environment[name]) if environment.get(name) else otherwise
+    except ValueError:
+        raise UnsupportedError(f"{name} {environment[name]!r} is no size as '50GB'") from None
 
 
 def _cache(environment: Mapping[str, str]) -> Path:

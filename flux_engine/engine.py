@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from flux_engine.families.base import Family
 from flux_engine.families.flux import FluxFamily
 from flux_engine.families.load import load_family, sized
 from flux_engine.families.sdxl import SDXLFamily
+from flux_engine.lora.finding import Found, Named, finder
 from flux_engine.lora.modes import Mode
 from flux_engine.lora.state import LoRA, Loras, networks_of
 from flux_engine.pipeline import OnStep, Pipeline, check_cancelled
@@ -125,7 +126,8 @@ def load(
     seconds = time.perf_counter() - began
     schemes = " and ".join(placing.schemes)
     log.info("loaded %s on %s as %s, quantization %s, in %.2f s", model, target, compute, schemes, seconds)
-    engine = Engine(family, slow=slow, load_seconds=seconds)
+    find_lora = finder(config, offline=offline)
+    engine = Engine(family, slow=slow, load_seconds=seconds, find_lora=find_lora)
     if loras:
         engine.lora.set(loras)
     return engine
@@ -157,8 +159,16 @@ class Engine:
     A request that fails or is cancelled leaves the engine as it was.
     """
 
-    def __init__(self, family: Family[Any], *, slow: Family[Any] | None = None, load_seconds: float = 0.0) -> None:
-        """`slow` is the same model in full precision, for requests that ask for it."""
+    def __init__(
+        self,
+        family: Family[Any],
+        *,
+        slow: Family[Any] | None = None,
+        load_seconds: float = 0.0,
+        find_lora: Callable[[Named], Found] | None = None,
+    ) -> None:
+        """`slow` is the same model in full precision, for requests that ask for it. `find_lora` gives the file of what
+        names a LoRA; by default with what the environment says."""
         self._pipeline = Pipeline(family)
         self._slow = None if slow is None else Pipeline(slow)
         self._lock = threading.Lock()
@@ -176,7 +186,8 @@ class Engine:
             ],
         )
         self._plain = [pipeline.family.spec for pipeline in self._pipelines()]
-        self.lora = Loras(lambda: self._plain[0], loaded, self._merging, self._weights_change, self._mode_changes)
+        find = find_lora or finder(EngineConfig.from_environment())
+        self.lora = Loras(lambda: self._plain[0], loaded, self._merging, self._weights_change, self._mode_changes, find)
 
     def _pipelines(self) -> list[Pipeline]:
         return [pipeline for pipeline in (self._pipeline, self._slow) if pipeline is not None]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import random
+import tarfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import flux_engine
-from flux_engine import InvalidRequest, LoRA, WeightsError
+from flux_engine import FluxEngineError, InvalidRequest, LoRA, WeightsError
 from flux_engine.cli import main
 from flux_engine.lora.modes import mode_of
 from flux_engine.quantization.linears import QuantizedLinear, quantize_weight
@@ -458,7 +460,7 @@ def test_files_that_are_none_are_refused(flux: Model, tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(1)}, pickled)
     short.write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     for path, message in (
-        (tmp_path / "none", "there is no LoRA"), (tmp_path, "is a folder"), (pickled, "is a pickle"),
+        (tmp_path / "none", "does not exist"), (pickled, "is a pickle"),
         (short, "not a whole"),
     ):  # fmt: skip
         with pytest.raises(WeightsError, match=message):
@@ -684,4 +686,69 @@ def test_loras_on_the_command_line(flux: Model, tmp_path: Path, capsys: pytest.C
     with Image.open(out) as drawn:
         assert drawn.tobytes() == wanted.tobytes()
     assert main(["generate", *how, "--lora", str(tmp_path / "none.safetensors")]) == 1
-    assert "there is no LoRA" in capsys.readouterr().err
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_loras_by_other_names(flux: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of a tar, a data URI and the hub's cache: the same weights, and nothing of the content in what is told."""
+    path = flux.file(files.peft("transformer.")(modules(flux.base, FLUX_ATTENTION))[0])
+    flux.engine.lora.set([path])
+    wanted = flux.digest()
+    tar = tmp_path / "trained.tar"
+    with tarfile.open(tar, "w") as packed:
+        packed.add(path, "output/lora.safetensors")
+    content = base64.b64encode(path.read_bytes()).decode()
+    cache = tmp_path / "hub"
+    snapshot = cache / "models--someone--style" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "pytorch_lora_weights.safetensors").write_bytes(path.read_bytes())
+    (cache / "models--someone--style" / "refs").mkdir()
+    (cache / "models--someone--style" / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    engine = flux_engine.load("demo-dev", dtype="float32", device="cpu", offline=True)
+    for named in (tar, str(tar), f"data:application/octet-stream;base64,{content}", "someone/style"):
+        engine.lora.clear()
+        engine.lora.set([named])
+        found = hashlib.sha256()
+        for tensor in engine._pipeline.family.net.state_dict().values():
+            found.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        assert found.hexdigest() == wanted, named[:40] if isinstance(named, str) else named
+        assert content[:50] not in json.dumps(engine.describe())
+    for named, message in (
+        ("https://civitai.com/models/123", "nothing is fetched offline"),
+        ("someone/other", "offline"),
+    ):
+        with pytest.raises(FluxEngineError, match=message):
+            engine.lora.set([named])
+    flux.engine.lora.clear()
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        ("huggingface.co/a/b/c.safetensors", "c.safetensors of the Hugging Face repository a/b at main"),
+        ("https://civitai.com/models/123/x?modelVersionId=4", "version 4 of the CivitAI model 123"),
+        ("https://x.org/a.safetensors?signature=secret", "the file at https://x.org/a.safetensors"),
+        ("a/b", "Hugging Face repository a/b"),
+    ],
+)
+def test_what_a_name_means_is_told_without_the_network(
+    named: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["lora", "resolve", named, "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert said in told
+    assert "secret" not in told
+
+
+def test_where_an_owner_and_a_name_are_looked_up_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["lora", "resolve", "a/b", "--dry-run", "--bare", "replicate", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "replicate"
+    assert main(["lora", "resolve", "a b"]) == 2
+    assert "Understood are" in capsys.readouterr().err
+    assert main(["generate", "x", "--model", "demo-dev", "--lora", "a b:0.5"]) == 2
+    save_file({"a.lora_A.weight": torch.zeros(1, 1)}, tmp_path / "a.safetensors")
+    assert main(["lora", "resolve", str(tmp_path / "a.safetensors")]) == 0
+    assert str(tmp_path / "a.safetensors") in capsys.readouterr().out

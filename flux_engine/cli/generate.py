@@ -17,6 +17,7 @@ from flux_engine.cli import sources
 from flux_engine.cli.output import show, since_process_start, tell
 from flux_engine.config import DTYPES, MEMORY, QUANTIZATIONS, EngineConfig
 from flux_engine.errors import InvalidRequest
+from flux_engine.lora.finding import refer
 from flux_engine.request import MATCH_INPUT_IMAGE, Job, Request
 from flux_engine.sizes import MATCH_INPUT, MEGAPIXELS, PUBLISHED_SIZES
 from flux_engine.specs import SCHEDULERS, ModelSpec, refined
@@ -56,7 +57,11 @@ def _add_drawing(generate: argparse.ArgumentParser) -> None:
     generate.add_argument("--quantization", metavar="SCHEME", help=", ".join(QUANTIZATIONS))
     generate.add_argument("--memory", metavar="SIZE", help=f"that may be taken, as 12GB; or {', '.join(MEMORY)}")
     generate.add_argument(
-        "--lora", action="append", default=[], metavar="FILE[:SCALE]", help="a .safetensors file; repeatable"
+        "--lora",
+        action="append",
+        default=[],
+        metavar="REF[:SCALE]",
+        help="a file, a link, OWNER/NAME on the hub, ...; repeatable",
     )
     generate.add_argument("--negative-prompt")
     generate.add_argument(
@@ -82,9 +87,11 @@ def _add_drawing(generate: argparse.ArgumentParser) -> None:
 
 
 def _lora(text: str) -> tuple[str, float]:
-    """FILE or FILE:SCALE; what stands behind the last colon is a scale if it is a number."""
+    """REF or REF:SCALE; what stands behind the last colon is a scale if it is a number."""
     match = re.fullmatch(r"(?P<path>.+):(?P<scale>[-+]?(?:\d+(?:\.\d*)?|\.\d+))", text, re.S)
-    return (match["path"], float(match["scale"])) if match else (text, 1.0)
+    path, scale = (match["path"], float(match["scale"])) if match else (text, 1.0)
+    refer(path)  # what cannot be one is refused at once
+    return path, scale
 
 
 def _generate(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""`lora`: what a LoRA file is."""
+"""`lora`: what a LoRA file is, and what names one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from flux_engine.cli.output import show
+from flux_engine.config import EngineConfig
 
+BARE = ("huggingface", "replicate")
 LONGEST = 100
 """Characters of a value of the header that are shown; --json has all of them."""
 
@@ -20,6 +22,23 @@ def add(commands: Any) -> None:
     inspect.add_argument("path", type=Path, metavar="FILE")
     inspect.add_argument("--json", action="store_true")
     inspect.set_defaults(run=_inspect)
+    resolve = lora.add_parser("resolve", help="the file that a reference leads to, fetched if need be")
+    resolve.add_argument("reference", metavar="REF")
+    resolve.add_argument("--dry-run", action="store_true", help="say what it means, without the network")
+    resolve.add_argument("--bare", default="huggingface", choices=BARE, help="where OWNER/NAME is looked up")
+    resolve.add_argument("--offline", action="store_true", help="take it from what is here")
+    resolve.add_argument("--json", action="store_true")
+    resolve.set_defaults(run=_resolve)
+
+
+def _resolve(args: argparse.Namespace) -> None:
+    from flux_engine.lora.finding import finder, refer
+
+    reference = refer(args.reference, args.bare)
+    said = {"kind": reference.kind, "meant": reference.describe()}
+    if not args.dry_run:
+        said["path"] = str(finder(EngineConfig.from_environment(), offline=args.offline)(reference).path)
+    show(json.dumps(said) if args.json else "\n".join(list(said.values())[1:]))
 
 
 def _inspect(args: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from flux_engine.errors import InvalidRequest, UnsupportedError, WeightsError
 from flux_engine.lora.changes import Change
+from flux_engine.lora.finding import Found, Named
 from flux_engine.lora.modes import Mode, mode_of
 from flux_engine.lora.names import PREFIXES, Names
 from flux_engine.lora.reading import Prepared, read_lora
@@ -36,9 +37,11 @@ Key = tuple[int, str]
 
 @dataclass(frozen=True)
 class LoRA:
-    """A LoRA file and how strongly it counts: 1 as it was trained, 0 not at all, below that the other way."""
+    """A LoRA and how strongly it counts: 1 as it was trained, 0 not at all, below that the other way."""
 
     path: str | os.PathLike[str]
+    """Of a file; or as a text OWNER/NAME or OWNER/NAME/FILE on the Hugging Face hub, a CivitAI page or download link, a
+    model on Replicate, an address of a .safetensors or .tar, a data URI (references.py)."""
     scale: float = 1.0
     mode: str | None = "auto"
     """What it sets for requests: a name of `lora.modes.MODES`, as "lcm" or "lightning-8"; None for nothing; "auto" is
@@ -69,11 +72,13 @@ class Loras:
         turn: Callable[[], AbstractContextManager[None]],
         changed: Callable[[Iterable[str]], None],
         moded: Callable[[Mode | None], None],
+        find: Callable[[Named], Found],
         *,
         cache_bytes: int = CACHE,
     ) -> None:
         """`spec` is what the model is by itself. `turn` holds the engine; `changed` is told of the parts whose weights
-        are to change and did, `moded` of the mode that requests are to have."""
+        are to change and did, `moded` of the mode that requests are to have. `find` gives a LoRA's file."""
+        self._find = find
         self._spec, self._networks, self._turn, self._changed, self._moded = spec, networks, turn, changed, moded
         self.cache_bytes = cache_bytes
         self._ready: OrderedDict[tuple[str, int, int, int, bool], _Ready] = OrderedDict()
@@ -85,24 +90,31 @@ class Loras:
         self._in_use: dict[int, Prepared] = {}
         self.active: tuple[LoRA, ...] = ()
         """What is merged now, first to last."""
+        self._read: list[tuple[str, Prepared]] = []
+        """The same: what led to them, and what was read of each."""
         self.mode: Mode | None = None
         """What one of them sets for requests: steps, guidance, scheduler."""
 
     def set(self, loras: Sequence[LoRA | str | os.PathLike[str]], *, strict: bool = True) -> tuple[Prepared, ...]:
         """Merge these LoRAs, and no others, into the weights; an empty list gives the base back, bit for bit.
 
-        A LoRA is a path of a safetensors file, or `LoRA(path, scale)`. Only parameters that change are touched, in
-        place. `strict` refuses a file with tensors that mean nothing to this model; else they are left out and
-        reported with every result. One that was made for few steps sets what requests have by default, until it is
-        unset (`LoRA.mode`). Returns what was read of each.
-        Raises InvalidRequest, or WeightsError for a file that cannot be used; then, as after anything that
-        interrupts it, all is as it was.
+        A LoRA is what `LoRA.path` may be, or `LoRA(path, scale)`; what is not here is fetched first. Only parameters
+        that change are touched, in place. `strict` refuses a file with tensors that mean nothing to this model; else
+        they are left out and reported with every result. One that was made for few steps sets what requests have by
+        default, until it is unset (`LoRA.mode`). Returns what was read of each.
+        Raises InvalidRequest, WeightsError for a file that cannot be had or used, or UnknownModel; then, as after
+        anything that interrupts it, all is as it was.
         """
         chosen = _checked(loras)
         mode = self._mode_of(chosen)
+        if chosen and not self._networks:
+            raise UnsupportedError(
+                "LoRAs are merged from the files that a model was loaded from, and this engine was put together without"
+            )
+        found = [self._find(lora.path) for lora in chosen]  # before it is this one's turn: that may take long
         with self._turn():
             self.converge()
-            ready = [self._prepare(Path(lora.path), strict) for lora in chosen]
+            ready = [self._prepare(each.path, strict) for each in found]
             wanted: dict[Key, Tag] = {}
             for one, lora in zip(ready, chosen, strict=True):
                 for part, name in one.prepared.changes if lora.scale else ():
@@ -121,6 +133,7 @@ class Loras:
                 raise
             self._in_use = {one.number: one.prepared for one in ready}
             self.active = chosen
+            self._read = [(each.named, one.prepared) for each, one in zip(found, ready, strict=True)]
             if mode != self.mode:
                 self.mode = mode
                 self._moded(mode)
@@ -146,18 +159,17 @@ class Loras:
     def notes(self) -> list[str]:
         """What is to be said of LoRAs that are merged in part only, with every result."""
         return [
-            f"LoRA {prepared.path.name}: {len(prepared.unknown)} tensors mean nothing to {self._spec().name} and were "
+            f"LoRA {named}: {len(prepared.unknown)} tensors mean nothing to {self._spec().name} and were "
             f"left out: {', '.join(prepared.unknown[:3])}{', ...' if len(prepared.unknown) > 3 else ''}"
-            for prepared in self._in_use.values()
+            for named, prepared in self._read
             if prepared.unknown
         ]
 
     def describe(self) -> list[dict[str, object]]:
         """What is merged, for `Engine.describe`."""
         return [
-            {"path": str(lora.path), "scale": lora.scale, "kind": prepared.kind, "parameters": len(prepared.changes)}
-            for lora in self.active
-            for prepared in [self._prepared(lora)]
+            {"path": str(named), "scale": lora.scale, "kind": prepared.kind, "parameters": len(prepared.changes)}
+            for lora, (named, prepared) in zip(self.active, self._read, strict=True)
         ]
 
     def converge(self) -> None:
@@ -186,20 +198,11 @@ class Loras:
             else:
                 del self._tags[key]
 
-    def _prepared(self, lora: LoRA) -> Prepared:
-        return next(each for each in self._in_use.values() if each.path == Path(lora.path))
-
     def _prepare(self, path: Path, strict: bool) -> _Ready:
-        if not self._networks:
-            raise UnsupportedError(
-                "LoRAs are merged from the files that a model was loaded from, and this engine was put together without"
-            )
         try:
             stat = path.stat()
-        except (OSError, ValueError):
-            raise WeightsError(f"there is no LoRA at {path}") from None
-        if path.is_dir():
-            raise WeightsError(f"{path} is a folder: name the .safetensors file in it")
+        except OSError as error:
+            raise WeightsError(f"{path} cannot be read: {error.strerror}") from None
         key = (str(path.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ino, strict)
         if key not in self._ready:
             networks: dict[str, nn.Module] = {}

@@ -1,0 +1,61 @@
+"""What names a LoRA -> the file, with the tokens and the folder that the configuration says."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from flux_engine.config import EngineConfig
+from flux_engine.downloads import Limits
+from flux_engine.errors import UnsupportedError
+from flux_engine.references import Reference, Secrets, fetch_reference, parse_reference
+
+log = logging.getLogger(__name__)
+
+Named = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A LoRA's file."""
+
+    path: Path
+    named: str
+    """What led to it, without anything secret."""
+
+
+def refer(named: Named, bare: Literal["huggingface", "replicate"] = "huggingface") -> Reference:
+    """What a name means, without a look at the network; a path object is a path. Raises as `parse_reference`."""
+    if isinstance(named, os.PathLike):
+        return Reference("path", str(Path(named).absolute()))
+    return parse_reference(named, bare=bare, field="loras")
+
+
+def finder(config: EngineConfig, *, offline: bool = False) -> Callable[[Named | Reference], Found]:
+    """What finds LoRAs by their names, and fetches those that are not here.
+
+    It raises as `fetch_reference`, or UnsupportedError where there is no folder to keep them in.
+    """
+    secrets = Secrets(config.hf_token, config.civitai_api_token, config.replicate_api_token)
+    limits = Limits(folder=config.lora_cache)
+
+    def find(named: Named | Reference) -> Found:
+        reference = named if isinstance(named, Reference) else refer(named)
+        if config.cache is None:
+            raise UnsupportedError("LoRAs are kept in a folder, and there is none: set FLUX_ENGINE_CACHE")
+        found = fetch_reference(
+            reference, folder=config.cache / "loras", secrets=secrets, limits=limits, field="loras",
+            offline=offline or config.offline,
+        )  # fmt: skip
+        if found.tar is not None:
+            log.warning(
+                "%s has learned tokens as well: engine.load_textual_inversion(%r) reads them",
+                reference.describe(), str(found.tar),
+            )  # fmt: skip
+        return Found(found.weights, reference.name if reference.kind == "path" else reference.describe())
+
+    return find
