@@ -61,7 +61,7 @@ def _add_drawing(generate: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="REF[:SCALE]",
-        help="a file, a link, OWNER/NAME on the hub, ...; repeatable",
+        help="a file, a link, OWNER/NAME, ...; repeatable",
     )
     generate.add_argument("--negative-prompt")
     generate.add_argument(
