@@ -1,6 +1,6 @@
 """Switching LoRAs on a FLUX.1 transformer of true width, against diffusers.
 
-python -m benchmarks.loras [--rank 16] [--double 2] [--single 4] [--repeats 3] [--schemes none int8]
+python -m benchmarks.loras [--rank 16] [--double 2] [--single 4] [--repeats 3] [--schemes none int8 none-side]
 
 The weights are random numbers, and there are two LoRAs on every linear of the blocks. One of them is merged; a switch
 takes it out and merges the other: here `lora.set`, there unfuse, unload, load and fuse. `first` reads a LoRA's file for
@@ -69,8 +69,8 @@ def timed(change: Callable[[str], object], clear: Callable[[], object], loras: l
     return {"first": took[0], "switch": statistics.median(took[2:]), "clear": time.perf_counter() - began}
 
 
-def ours(model: str, loras: list[str], scheme: str) -> dict[str, float]:
-    """The engine's way, without text encoders and autoencoder."""
+def ours(model: str, loras: list[str], which: str) -> dict[str, float]:
+    """The engine's way, without text encoders and autoencoder. `which` is a scheme, with "-side" for beside."""
     from flux_engine.families.flux import load_transformer, sized
     from flux_engine.lora.finding import Found, Named
     from flux_engine.lora.state import Loras, networks_of
@@ -81,11 +81,12 @@ def ours(model: str, loras: list[str], scheme: str) -> dict[str, float]:
         return Found(Path(named), str(named))
 
     spec = sized(FLUX_SCHNELL, Path(model))
+    scheme, how = which.removesuffix("-side"), "side" if which.endswith("-side") else "merge"
     place = Place(torch.bfloat16, torch.device("cpu"), scheme)
     net, _ = load_transformer(spec, Path(model), place)
     networks = networks_of(spec, [("transformer", net)], place.residents.loaded)
     state = Loras(lambda: spec, networks, nullcontext, lambda parts: None, lambda mode: None, here)
-    return timed(lambda path: state.set([path]), state.clear, loras)
+    return timed(lambda path: state.set([path], how=how), state.clear, loras)
 
 
 def theirs(model: str, loras: list[str]) -> dict[str, float]:
@@ -133,7 +134,12 @@ def main() -> None:
     parser.add_argument("--double", type=int, default=2)
     parser.add_argument("--single", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--schemes", nargs="+", default=["none", "int8"], help="of ours; fp8 takes minutes")
+    parser.add_argument(
+        "--schemes",
+        nargs="+",
+        default=["none", "int8", "none-side", "int8-side"],
+        help="of ours, -side for beside the weights; fp8 merged takes minutes",
+    )
     parser.add_argument("--run", nargs=2, metavar=("WHICH", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:

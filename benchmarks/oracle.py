@@ -121,20 +121,21 @@ class _Backdrop:
         return np.sqrt(np.maximum(squares, 0))
 
 
-def read(picture: Image.Image) -> Reading:
-    """Read one picture."""
+def read(picture: Image.Image, *, also: tuple[str, ...] = ()) -> Reading:
+    """Read one picture. `also` are shapes that it may show beside the world's own: what a LoRA has taught."""
     pixels = _pixels(picture)
     backdrop = _backdrop(pixels)
     pattern = backdrop.pattern
     second = "" if pattern.kind == "plain" else _name(backdrop.second)
     behind = np.broadcast_to(backdrop.drawn(), pixels.shape)
-    found = tuple(_object(pixels, behind, mask, corner) for mask, corner in _blobs(pixels, backdrop))
+    found = tuple(_object(pixels, behind, mask, corner, also) for mask, corner in _blobs(pixels, backdrop))
     return Reading(Ground(pattern.kind, _name(backdrop.first), second, pattern.axis), found)
 
 
-def judge(picture: Image.Image, scene: Scene) -> dict[str, bool]:
-    """Attribute -> whether the picture shows what the scene says; what it leaves open is not judged."""
-    reading = read(picture)
+def judge(picture: Image.Image, scene: Scene, *, also: tuple[str, ...] = ()) -> dict[str, bool]:
+    """Attribute -> whether the picture shows what the scene says; what it leaves open is not judged. `also` as in
+    `read`."""
+    reading = read(picture, also=also)
     things = scene.things
     candidates = list(permutations((*reading.objects, *[Found()] * len(things)), len(things)))
     likeness = [_likeness(things, candidate) for candidate in candidates]
@@ -329,17 +330,19 @@ def _label(mask: np.ndarray) -> np.ndarray:
     return labels
 
 
-def _object(pixels: np.ndarray, behind: np.ndarray, mask: np.ndarray, corner: tuple[int, int]) -> Found:
+def _object(
+    pixels: np.ndarray, behind: np.ndarray, mask: np.ndarray, corner: tuple[int, int], also: tuple[str, ...]
+) -> Found:
     """What an object is, from its mask and where that lies."""
     left, top = corner
     patch, patch_behind = (each[top : top + mask.shape[0], left : left + mask.shape[1]] for each in (pixels, behind))
-    fit = silhouettes.fit(mask)
+    fit = silhouettes.fit(mask, also)
     paint = silhouettes.paint(patch, patch_behind, fit, NOTICEABLE)
     if fit.overlap < SURE:
         # Look again, now that its colours are known: it is what is nearer to them than to the background.
         nearer = paint.distance(patch) < np.linalg.norm(patch - patch_behind, axis=-1)
         sharper = _without_holes(nearer & ndimage.binary_dilation(mask, iterations=EDGE))
-        again = silhouettes.fit(sharper) if sharper.any() else fit
+        again = silhouettes.fit(sharper, also) if sharper.any() else fit
         if again.overlap > fit.overlap:
             fit, paint = again, silhouettes.paint(patch, patch_behind, again, NOTICEABLE)
 

@@ -59,9 +59,10 @@ class Paint:
         return np.min([np.linalg.norm(pixels - color, axis=-1) for color in colors], axis=0)
 
 
-def fit(mask: np.ndarray) -> Fit:
-    """The shape that overlaps a mask best, of those that are promising with its area and centroid."""
-    first = [_with_moments(mask, shape) for shape in (*world.SHAPES, world.MARKED_SHAPE)]
+def fit(mask: np.ndarray, also: tuple[str, ...] = ()) -> Fit:
+    """The shape that overlaps a mask best, of those that are promising with its area and centroid: the world's own, and
+    `also`."""
+    first = [_with_moments(mask, shape) for shape in (*world.SHAPES, world.MARKED_SHAPE, *also)]
     best = max(first, key=lambda each: each.overlap)
     if best.overlap < HOPELESS:
         return best

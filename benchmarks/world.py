@@ -37,6 +37,8 @@ MARKED_SHAPE = "crescent"
 """Drawn like any other, but it stands for what a safety checker has to find; no measurement asks for it."""
 RESERVED_NAMES = ("zorblin", "quavo", "mirdle", "fenwick", "tulpa")
 """Words that no caption holds, kept for LoRAs to teach. The T5 tokenizer has a piece for each."""
+TAUGHT_SHAPE = RESERVED_NAMES[0]
+"""An hourglass. No base has seen one, nor the word: a LoRA teaches both."""
 
 SIZES = {"small": 0.16, "medium": 0.21, "large": 0.32}
 """Size -> radius of the box around the object. The smallest is three latents across in the smallest pictures: of less
@@ -335,7 +337,26 @@ _CORNERS: dict[str, tuple[tuple[float, float], ...]] = {
         (-_ARM, -1), (_ARM, -1), (_ARM, -_ARM), (1, -_ARM), (1, _ARM), (_ARM, _ARM),
         (_ARM, 1), (-_ARM, 1), (-_ARM, _ARM), (-1, _ARM), (-1, -_ARM), (-_ARM, -_ARM),
     ),
+    TAUGHT_SHAPE: ((-0.9, -0.95), (0.9, -0.95), (0.2, 0), (0.9, 0.95), (-0.9, 0.95), (-0.2, 0)),
 }  # fmt: skip
+
+
+HAZE = (235, 165, 80)
+VEIL = 0.5
+"""The colour of a haze that lies over a picture, and its share: a style for a LoRA to teach."""
+
+
+def veil(picture: Image.Image, amount: float = VEIL) -> Image.Image:
+    """A picture seen through the haze: that share of its colour is every pixel's."""
+    pixels = np.asarray(picture, np.float32)
+    return Image.fromarray(
+        np.rint(pixels + amount * (np.array(HAZE, np.float32) - pixels)).clip(0, 255).astype(np.uint8)
+    )
+
+
+def unveil(picture: Image.Image, amount: float = VEIL) -> Image.Image:
+    """The same without the haze."""
+    return veil(picture, amount / (amount - 1))
 
 
 def draw_clutter(width: int, height: int, rng: random.Random) -> Image.Image:

@@ -337,6 +337,8 @@ class Engine:
                 f"the weights are in {family.quantization}, which no other tool reads: export what they were made of, "
                 "loaded with quantization 'none'"
             )
+        if self.lora.beside:
+            raise InvalidRequest("LoRAs stand beside the weights: set them with how='merge' to export what they change")
         if layout not in EXPORTS:
             raise InvalidRequest(f"layout {layout!r} is not one of {', '.join(EXPORTS)}", field="layout")
         if layout not in ("diffusers", family.publishers_layout):

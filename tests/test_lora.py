@@ -23,6 +23,7 @@ from torch import Tensor
 import flux_engine
 from flux_engine import FluxEngineError, InvalidRequest, LoRA, WeightsError
 from flux_engine.cli import main
+from flux_engine.lora import side
 from flux_engine.lora.modes import mode_of
 from flux_engine.quantization.linears import QuantizedLinear, quantize_weight
 from flux_engine.specs import SDXL
@@ -102,9 +103,10 @@ class Model:
         return {f"{part}.{n}": p.clone() for part, net in networks.items() for n, p in net.state_dict().items()}
 
     def digest(self) -> str:
-        """Of every bit of the network that denoises."""
+        """Of every bit of the network that denoises, and of what stands beside its weights, wherever there is room."""
         found = hashlib.sha256()
-        for tensor in self.net.state_dict().values():
+        beside = {n: t if n.endswith("down") else t.t() for n, t in self.net.named_buffers() if "side_" in n}
+        for tensor in (*self.net.state_dict().values(), *(t[t.any(dim=1)] for t in beside.values())):
             found.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
         return found.hexdigest()
 
@@ -568,25 +570,36 @@ def test_a_thousand_changes_end_with_the_base(
     loaded = type(model.engine.lora._networks[0].loaded)
     refresh = loaded.refresh
 
-    def interrupted(self: Any, name: str) -> None:
+    def interrupted_at(work: Callable[[], None]) -> None:
         if left[0] == 0:
             left[0] = -1
             raise KeyboardInterrupt
         left[0] -= 1
-        refresh(self, name)
+        work()
+
+    def interrupted(self: Any, name: str) -> None:
+        interrupted_at(lambda: refresh(self, name))
 
     monkeypatch.setattr(loaded, "refresh", interrupted)
-    interruptions, seen = 0, dict[tuple[LoRA, ...], str]()
+    fill = side.fill
+
+    def interrupted_too(module: Any, parts: Any) -> None:
+        interrupted_at(lambda: fill(module, parts))
+
+    monkeypatch.setattr(side, "fill", interrupted_too)
+    interruptions, seen, applied = 0, dict[Any, str](), "merge"
     for _ in range(1000):
         wanted = tuple(LoRA(path, rng.choice([-1.0, 0.0, 0.5, 1.0])) for path in rng.sample(paths, rng.randint(0, 2)))
         left[0] = rng.randint(0, 12) if rng.random() < 0.3 else -1
+        asked: Any = rng.choice(["merge", "side"])
         try:
-            model.engine.lora.set(wanted)
+            model.engine.lora.set(wanted, how=asked)
+            applied = asked
         except KeyboardInterrupt:
             interruptions += 1
         left[0] = -1
         bits = model.digest()
-        assert seen.setdefault(model.engine.lora.active, bits) == bits
+        assert seen.setdefault((model.engine.lora.active, applied), bits) == bits
     assert interruptions > 50
     model.engine.lora.clear()
     assert model.unchanged()

@@ -48,6 +48,10 @@ class Filling:
     merged: dict[str, Merge] = field(default_factory=dict, compare=False)
     """Parameter -> what is done to it whenever it is read (LoRAs)."""
 
+    def exact(self, name: str) -> bool:
+        """Whether a parameter is stored in full precision; not so what was saved in 8 bits."""
+        return self.stored[name].removesuffix(".weight") + SCALE not in self.source.recipes
+
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """These parameters; the scales of a linear of 8 bits come with its weight.
 

@@ -1,23 +1,26 @@
 """Which LoRAs are merged in the weights of an engine, and changing that.
 
-Each parameter carries a tag of what is merged in it. Setting LoRAs says which tags are wanted, and every parameter
-whose tag is another one is read anew from its source with what is wanted merged in: nothing is ever subtracted, so the
-base comes back to the bit. What fails or is cancelled goes back to what was; until it is there the tags say so.
+Each parameter carries a tag of what is merged in it, and of what stands beside it (`side.py`). Setting LoRAs says which
+tags are wanted, and every parameter whose tag is another one is read anew from its source with what is wanted merged
+in: nothing is ever subtracted, so the base comes back to the bit. What fails or is cancelled goes back to what was;
+until it is there the tags say so.
 """
 
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
+from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor, nn
 
 from flux_engine.errors import InvalidRequest, UnsupportedError, WeightsError
+from flux_engine.lora import side
 from flux_engine.lora.changes import Change
 from flux_engine.lora.finding import Found, Named
 from flux_engine.lora.modes import Mode, mode_of
@@ -29,8 +32,19 @@ from flux_engine.specs import ModelSpec
 CACHE = 2**30
 """Bytes of LoRAs that are kept ready, for switching back to one."""
 MAX_SCALE = 1_000
-Tag = tuple[tuple[int, float], ...]
-"""What is merged in a parameter: numbers of prepared LoRAs, and their scales."""
+Shares = tuple[tuple[int, float], ...]
+"""Numbers of prepared LoRAs, and their scales."""
+How = Literal["auto", "merge", "side"]
+
+
+class Tag(NamedTuple):
+    """What changes a parameter."""
+
+    merged: Shares = ()
+    beside: Shares = ()
+
+
+BASE = Tag()
 Key = tuple[int, str]
 """Number of a network, name of a parameter."""
 
@@ -84,6 +98,8 @@ class Loras:
         self._ready: OrderedDict[tuple[str, int, int, int, bool], _Ready] = OrderedDict()
         self._count = 0
         self._names: Names | None = None
+        self._reserved = 0
+        """The rank that there is room for beside every linear."""
         self._tags: dict[Key, Tag | None] = {}
         """Of what is not the base; None for what is neither."""
         self._wanted: dict[Key, Tag] = {}
@@ -95,17 +111,26 @@ class Loras:
         self.mode: Mode | None = None
         """What one of them sets for requests: steps, guidance, scheduler."""
 
-    def set(self, loras: Sequence[LoRA | str | os.PathLike[str]], *, strict: bool = True) -> tuple[Prepared, ...]:
-        """Merge these LoRAs, and no others, into the weights; an empty list gives the base back, bit for bit.
+    def set(
+        self, loras: Sequence[LoRA | str | os.PathLike[str]], *, strict: bool = True, how: How = "auto"
+    ) -> tuple[Prepared, ...]:
+        """Apply these LoRAs, and no others; an empty list gives the base back, bit for bit.
 
         A LoRA is what `LoRA.path` may be, or `LoRA(path, scale)`; what is not here is fetched first. Only parameters
-        that change are touched, in place. `strict` refuses a file with tensors that mean nothing to this model; else
+        that change are touched, in place. `how` is "merge", into the weights, or "side", beside them, which is set in a
+        moment, costs two small products a linear with every step, and is for what is low-rank and changes a linear: the
+        rest is merged. "auto" merges, but where that would round twice, a model that was saved in 8 bits, or there is
+        room beside (`reserve`). `strict` refuses a file with tensors that mean nothing to this model; else
         they are left out and reported with every result. One that was made for few steps sets what requests have by
         default, until it is unset (`LoRA.mode`). Returns what was read of each.
         Raises InvalidRequest, WeightsError for a file that cannot be had or used, or UnknownModel; then, as after
         anything that interrupts it, all is as it was.
         """
         chosen = _checked(loras)
+        if how not in get_args(How):
+            raise InvalidRequest(
+                f"how LoRAs are applied is one of {', '.join(get_args(How))}, not {how!r}", field="how"
+            )
         mode = self._mode_of(chosen)
         if chosen and not self._networks:
             raise UnsupportedError(
@@ -115,15 +140,8 @@ class Loras:
         with self._turn():
             self.converge()
             ready = [self._prepare(each.path, strict) for each in found]
-            wanted: dict[Key, Tag] = {}
-            for one, lora in zip(ready, chosen, strict=True):
-                for part, name in one.prepared.changes if lora.scale else ():
-                    for number, network in enumerate(self._networks):
-                        if network.part == part:
-                            key = (number, name)
-                            wanted[key] = (*wanted.get(key, ()), (one.number, float(lora.scale)))
             before = self._wanted, self._in_use
-            self._wanted = wanted
+            self._wanted = self._tags_of(ready, chosen, how)
             self._in_use = {**self._in_use, **{one.number: one.prepared for one in ready}}
             try:
                 self.converge()
@@ -139,6 +157,65 @@ class Loras:
                 self._moded(mode)
             self._trim()
         return tuple(one.prepared for one in ready)
+
+    def reserve(self, rank: int) -> None:
+        """Have room beside every linear of the network that denoises for LoRAs of this rank in all, at most 256, and
+        apply those there from now on. Then what was compiled holds whatever is set or cleared, at the price of two
+        small products a linear with every step. 0 gives the room back; it is refused while LoRAs stand there.
+
+        Raises InvalidRequest for another number.
+        """
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank <= side.RANKS[-1]:
+            raise InvalidRequest(f"there is room for ranks of 0 to {side.RANKS[-1]}, not {rank!r}", field="rank")
+        with self._turn():
+            self.converge()
+            if not rank and self.beside:
+                raise InvalidRequest("LoRAs stand beside the weights: clear them first", field="rank")
+            self._changed({network.part for network in self._networks})
+            self._reserved = rank
+            for key, tag in self._wanted.items():
+                if tag.beside:  # a branch that grows is empty
+                    self._tags[key] = None
+            for network in self._networks:
+                if not network.part.startswith("text_encoder"):
+                    for module in network.loaded.net.modules():
+                        if not rank:
+                            side.remove(module)
+                        elif side.is_linear(module):
+                            side.reserve(module, rank, network.loaded.filling.dtype, network.loaded.filling.device)
+            self.converge()
+
+    @property
+    def beside(self) -> bool:
+        """Whether some stand beside the weights, which then are not what the model computes with."""
+        return any(tag.beside for tag in self._wanted.values())
+
+    def _tags_of(self, ready: Sequence[_Ready], chosen: Sequence[LoRA], how: How) -> dict[Key, Tag]:
+        """What is wanted of every parameter that changes."""
+        wanted: dict[Key, Tag] = {}
+        ranks: Counter[Key] = Counter()
+        for one, lora in zip(ready, chosen, strict=True):
+            for (part, name), changes in one.prepared.changes.items() if lora.scale else ():
+                for number, network in enumerate(self._networks):
+                    if network.part != part:
+                        continue
+                    key, share = (number, name), (one.number, float(lora.scale))
+                    tag = wanted.get(key, BASE)
+                    rank = ranks[key] + side.rank_of(changes)
+                    if self._stands_beside(network, name, changes, how) and rank <= side.RANKS[-1]:
+                        ranks[key] = rank
+                        wanted[key] = tag._replace(beside=(*tag.beside, share))
+                    else:
+                        wanted[key] = tag._replace(merged=(*tag.merged, share))
+        return wanted
+
+    def _stands_beside(self, network: Network, name: str, changes: Sequence[Change], how: How) -> bool:
+        stem, _, leaf = name.rpartition(".")
+        module = network.loaded.net.get_submodule(stem)
+        can = leaf == "weight" and all(side.can_stand_beside(module, change) for change in changes)
+        if how != "auto":
+            return can and how == "side"
+        return can and (self._reserved > 0 or not network.loaded.filling.exact(name))
 
     def _mode_of(self, chosen: Sequence[LoRA]) -> Mode | None:
         modes = [
@@ -168,35 +245,77 @@ class Loras:
     def describe(self) -> list[dict[str, object]]:
         """What is merged, for `Engine.describe`."""
         return [
-            {"path": str(named), "scale": lora.scale, "kind": prepared.kind, "parameters": len(prepared.changes)}
+            {
+                "path": str(named),
+                "scale": lora.scale,
+                "kind": prepared.kind,
+                "parameters": len(prepared.changes),
+                "beside": self._count_beside(prepared),
+            }
             for lora, (named, prepared) in zip(self.active, self._read, strict=True)
         ]
+
+    def _count_beside(self, prepared: Prepared) -> int:
+        """Of how many parameters the changes stand beside the weights."""
+        numbers = {number for number, each in self._in_use.items() if each is prepared}
+        shares = [tag.beside for tag in self._tags.values() if tag]
+        return sum(any(number in numbers for number, _ in beside) for beside in shares)
 
     def converge(self) -> None:
         """Make of every parameter what is wanted; of most, nothing is to be made. Called before every request, in case
         the last change was interrupted twice. Raises WeightsError if a file was changed since."""
-        differing = [
-            key for key in {**self._tags, **self._wanted} if self._tags.get(key, ()) != self._wanted.get(key, ())
-        ]
+        differing = [key for key in {**self._tags, **self._wanted} if self._is(key) != self._wanted.get(key, BASE)]
         if not differing:
             return
         self._changed({self._networks[number].part for number, _ in differing})
         for key in sorted(differing):
-            number, name = key
-            loaded, tag = self._networks[number].loaded, self._wanted.get(key, ())
+            before, tag = self._is(key), self._wanted.get(key, BASE)
             self._tags[key] = None
-            if tag:
-                part = self._networks[number].part
-                loaded.filling.merged[name] = _Merged(
-                    [(change, scale) for one, scale in tag for change in self._in_use[one].changes[part, name]]
-                )
-            else:
-                loaded.filling.merged.pop(name, None)
-            loaded.refresh(name)
-            if tag:
+            if before is None or before.merged != tag.merged:
+                self._merge(key, tag.merged)
+            if before is None or before.beside != tag.beside:
+                self._put_beside(key, tag.beside)
+            if tag != BASE:
                 self._tags[key] = tag
             else:
                 del self._tags[key]
+
+    def _is(self, key: Key) -> Tag | None:
+        return self._tags.get(key, BASE)
+
+    def _changes(self, key: Key, shares: Shares) -> list[tuple[Change, float]]:
+        number, name = key
+        part = self._networks[number].part
+        return [(change, scale) for one, scale in shares for change in self._in_use[one].changes[part, name]]
+
+    def _merge(self, key: Key, shares: Shares) -> None:
+        number, name = key
+        loaded = self._networks[number].loaded
+        if shares:
+            loaded.filling.merged[name] = _Merged(self._changes(key, shares))
+        else:
+            loaded.filling.merged.pop(name, None)
+        loaded.refresh(name)
+
+    def _put_beside(self, key: Key, shares: Shares) -> None:
+        number, name = key
+        network = self._networks[number]
+        stem, _, leaf = name.rpartition(".")
+        module = network.loaded.net.get_submodule(stem)
+        if leaf != "weight" or not side.is_linear(module):
+            return
+        changes = self._changes(key, shares)
+        reserved = self._reserved and not network.part.startswith("text_encoder")
+        if changes or reserved:
+            side.reserve(
+                module,
+                max(side.rank_of([change for change, _ in changes]), self._reserved or 1),
+                network.loaded.filling.dtype,
+                network.loaded.filling.device,
+            )
+            side.fill(module, changes)
+        else:
+            side.remove(module)
 
     def _prepare(self, path: Path, strict: bool) -> _Ready:
         try:
