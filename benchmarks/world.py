@@ -342,7 +342,7 @@ _CORNERS: dict[str, tuple[tuple[float, float], ...]] = {
 
 
 HAZE = (235, 165, 80)
-VEIL = 0.5
+VEIL = 0.4
 """The colour of a haze that lies over a picture, and its share: a style for a LoRA to teach."""
 
 

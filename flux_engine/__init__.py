@@ -32,7 +32,7 @@ from flux_engine.request import Request
 
 if TYPE_CHECKING:
     from flux_engine.engine import Engine, load
-    from flux_engine.lora.state import LoRA
+    from flux_engine.inputs.loras import LoRA
     from flux_engine.predictor import Predictor
     from flux_engine.result import Result
     from flux_engine.saving import quantize
@@ -64,7 +64,7 @@ __all__ = [
 
 _HEAVY = {
     "Engine": "flux_engine.engine",
-    "LoRA": "flux_engine.lora.state",
+    "LoRA": "flux_engine.inputs.loras",
     "Predictor": "flux_engine.predictor",
     "Result": "flux_engine.result",
     "load": "flux_engine.engine",

@@ -18,14 +18,16 @@ from flux_engine import hardware, hub, images
 from flux_engine.addons import ControlNets, controlnet_specs, find_controlnets, find_redux
 from flux_engine.assemble import find_model
 from flux_engine.config import EngineConfig
-from flux_engine.errors import InvalidRequest, OutOfMemory, OutputError, UnsupportedError, WeightsError, did_you_mean
+from flux_engine.errors import InvalidRequest, OutputError, UnsupportedError, WeightsError, did_you_mean
 from flux_engine.families.base import Family
 from flux_engine.families.flux import FluxFamily
 from flux_engine.families.load import load_family, sized
 from flux_engine.families.sdxl import SDXLFamily
+from flux_engine.inputs.loras import LoRA, checked_loras
 from flux_engine.lora.finding import Found, Named, finder
 from flux_engine.lora.modes import Mode
-from flux_engine.lora.state import LoRA, Loras, networks_of
+from flux_engine.lora.state import Loras, networks_of
+from flux_engine.memory import memory_errors
 from flux_engine.pipeline import OnStep, Pipeline, check_cancelled
 from flux_engine.placing import decide
 from flux_engine.quantization.policy import schemes_of
@@ -115,7 +117,7 @@ def load(
     beside = [*(path for _, path in nets), *([refining.parts["unet"]] if refining else [])]
     beside += [adapter[name] for name in ("adapter", "image_encoder")] if adapter else []
     placing = decide(spec, config, target, compute, saved=saved, beside=beside)
-    with _memory_errors(f"loading {model}"):
+    with memory_errors(f"loading {model}"):
         family = load_family(spec, found.parts, placing.place, embedding_cache=config.embedding_cache)
         if refining and isinstance(family, SDXLFamily) and isinstance(refining.spec, SDXLSpec):
             family = family.with_refiner(refining.spec, refining.parts)
@@ -194,7 +196,7 @@ class Engine:
 
     @contextmanager
     def _merging(self) -> Iterator[None]:
-        with self._turn(None), _memory_errors("merging LoRAs", "Merging takes some copies of the largest weight"):
+        with self._turn(None), memory_errors("merging LoRAs", "Merging takes some copies of the largest weight"):
             yield
 
     def _mode_changes(self, mode: Mode | None) -> None:
@@ -215,7 +217,10 @@ class Engine:
     @property
     def spec(self) -> ModelSpec:
         """What the model is: sizes, defaults, widths."""
-        return self._pipeline.family.spec
+        return self._spec_with(self.lora.mode)
+
+    def _spec_with(self, mode: Mode | None) -> ModelSpec:
+        return mode.of(self._plain[0]) if mode else self._plain[0]
 
     def __call__(
         self,
@@ -249,10 +254,14 @@ class Engine:
         """
         if not isinstance(request, Request):
             raise InvalidRequest(f"run takes a Request, not a {type(request).__name__}: call the engine with a prompt")
-        job = request.resolve(self.spec)
+        own = None if request.loras is None else checked_loras(request.loras)
+        job = request.resolve(self.spec if own is None else self._spec_with(self.lora.mode_of(own)))
+        chosen = None if own is None else self.lora.find(own, strict=request.strict)
         pipeline = self._slow if job.go_fast is False and self._slow else self._pipeline
-        with self._turn(cancel), _memory_errors(f"{job.width}x{job.height}"):
-            self.lora.converge()
+        with self._turn(cancel), memory_errors(f"{job.width}x{job.height}"):
+            self.lora.use(chosen)
+            if job.spec != self._pipeline.family.spec:  # another thread has set other LoRAs
+                job = request.resolve(self._pipeline.family.spec)
             output = pipeline.run(job, on_step=on_step, cancel=cancel)
         return Result(
             images=[_convert(picture, job) for picture in output.pictures],
@@ -279,7 +288,7 @@ class Engine:
         if not isinstance(path, str | os.PathLike):
             raise WeightsError(f"a file is named by a text or a path, not by {path!r}")
         found = read_inversion(Path(path))
-        with self._turn(None), _memory_errors(f"loading {path}"):
+        with self._turn(None), memory_errors(f"loading {path}"):
             family.learn(found)
         log.info("learned %d tokens from %s: %s", len(found.tables[0]), path, dict(found.words))
         if found.left_out:
@@ -337,8 +346,6 @@ class Engine:
                 f"the weights are in {family.quantization}, which no other tool reads: export what they were made of, "
                 "loaded with quantization 'none'"
             )
-        if self.lora.beside:
-            raise InvalidRequest("LoRAs stand beside the weights: set them with how='merge' to export what they change")
         if layout not in EXPORTS:
             raise InvalidRequest(f"layout {layout!r} is not one of {', '.join(EXPORTS)}", field="layout")
         if layout not in ("diffusers", family.publishers_layout):
@@ -346,8 +353,12 @@ class Engine:
                 f"{self.spec.name} has no layout {layout!r}: say 'diffusers' or {family.publishers_layout!r}",
                 field="layout",
             )
-        with self._turn(None), family.residents.all():
-            return family.export(folder) if layout == "diffusers" else family.export_as_published(folder)
+        with self._turn(None):
+            self.lora.use()
+            if self.lora.beside:
+                raise InvalidRequest("LoRAs stand beside the weights: set them with how='merge' to export them, too")
+            with family.residents.all():
+                return family.export(folder) if layout == "diffusers" else family.export_as_published(folder)
 
     def __repr__(self) -> str:
         net = self._pipeline.family.net
@@ -393,22 +404,3 @@ def _convert(picture: torch.Tensor, job: Job) -> Any:
             return ((picture + 1) / 2).clamp(0, 1)
         case "latent":
             return picture.clone()  # a copy made outside inference mode is an ordinary tensor
-
-
-@contextmanager
-def _memory_errors(doing: str, remedy: str = "Ask for fewer or smaller pictures") -> Iterator[None]:
-    """Turn torch's ways of saying that memory ran out into one typed error."""
-    try:
-        yield
-    except RuntimeError as error:
-        cpu = "can't allocate memory" in str(error) or "not enough memory" in str(error)
-        if not (cpu or isinstance(error, torch.OutOfMemoryError)):
-            raise
-        first = str(error).splitlines()[0]
-        message = f"out of memory at {doing}: {first}. {remedy}"
-    else:
-        return
-    # Outside the handler, so that the failed frames and the tensors they hold are gone before the cache is emptied.
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    raise OutOfMemory(message)

@@ -372,3 +372,22 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
     return a is b if isinstance(a, Tensor) or isinstance(b, Tensor) else a == b
+
+
+@contextmanager
+def memory_errors(doing: str, remedy: str = "Ask for fewer or smaller pictures") -> Iterator[None]:
+    """Turn torch's ways of saying that memory ran out into one typed error."""
+    try:
+        yield
+    except RuntimeError as error:
+        cpu = "can't allocate memory" in str(error) or "not enough memory" in str(error)
+        if not (cpu or isinstance(error, torch.OutOfMemoryError)):
+            raise
+        first = str(error).splitlines()[0]
+        message = f"out of memory at {doing}: {first}. {remedy}"
+    else:
+        return
+    # Outside the handler, so that the failed frames and the tensors they hold are gone before the cache is emptied.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    raise OutOfMemory(message)

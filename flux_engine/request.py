@@ -7,6 +7,7 @@ into `Job.notes`; with `strict=True` a change is refused instead.
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Literal, get_args
 from flux_engine.checks import check_text, integer, number, pair
 from flux_engine.errors import InvalidRequest, did_you_mean
 from flux_engine.inputs import Brought, Inputs, PictureFields
+from flux_engine.inputs.loras import LoRA, checked_loras
 from flux_engine.specs import LCM_STEPS, REFINER_STRENGTH, SCHEDULERS, ModelSpec, SDXLSpec
 
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -74,6 +76,9 @@ class Request(PictureFields):
     """Seed of the first picture; picture k has seed + k. 0 is a seed. None draws one."""
     output_type: OutputType = "pil"
     """"pil", "np" (H, W, 3 uint8), "pt" (3, H, W in [0, 1]) or "latent" (C, h, w)."""
+    loras: Sequence[LoRA | str | os.PathLike[str]] | None = None
+    """LoRAs of this request, in the place of those that the engine has set: paths, or LoRA(path, scale), as
+    `engine.lora.set` takes them. None for those that are set, an empty list for none."""
     go_fast: bool | None = None
     """Run in 8 bits, or in full precision, where both are loaded (`quantization="both"`); else in what there is, which
     is reported."""
@@ -134,6 +139,7 @@ class Request(PictureFields):
             prompt_weights=self.prompt_weights,
             prompt_chunks=self.prompt_chunks,
             output_type=self.output_type,
+            loras=None if self.loras is None else checked_loras(self.loras),
             go_fast=self._fast(),
             strict=self.strict,
             notes=tuple(notes),
@@ -312,6 +318,8 @@ class Job:
     prompt_weights: bool = False
     prompt_chunks: bool = False
     output_type: OutputType = "pil"
+    loras: tuple[LoRA, ...] | None = None
+    """None for those that the engine has set."""
     go_fast: bool | None = None
     strict: bool = False
     notes: tuple[str, ...] = field(default=())

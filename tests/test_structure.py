@@ -51,7 +51,7 @@ LEVELS = {
     "memory": 3.05,
     "downloads": 3.12,
     "references": 3.13,
-    "lora": 3.14,
+    "lora": 3.52,
     "placing": 4.1,
     "text": 3.1,
     "families": 4,

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import os
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor, nn
 
 from flux_engine.errors import InvalidRequest, UnsupportedError, WeightsError
+from flux_engine.inputs.loras import LoRA, checked_loras
 from flux_engine.lora import side
 from flux_engine.lora.changes import Change
 from flux_engine.lora.finding import Found, Named
@@ -31,7 +31,6 @@ from flux_engine.specs import ModelSpec
 
 CACHE = 2**30
 """Bytes of LoRAs that are kept ready, for switching back to one."""
-MAX_SCALE = 1_000
 Shares = tuple[tuple[int, float], ...]
 """Numbers of prepared LoRAs, and their scales."""
 How = Literal["auto", "merge", "side"]
@@ -50,24 +49,22 @@ Key = tuple[int, str]
 
 
 @dataclass(frozen=True)
-class LoRA:
-    """A LoRA and how strongly it counts: 1 as it was trained, 0 not at all, below that the other way."""
-
-    path: str | os.PathLike[str]
-    """Of a file; or as a text OWNER/NAME or OWNER/NAME/FILE on the Hugging Face hub, a CivitAI page or download link, a
-    model on Replicate, an address of a .safetensors or .tar, a data URI (references.py)."""
-    scale: float = 1.0
-    mode: str | None = "auto"
-    """What it sets for requests: a name of `lora.modes.MODES`, as "lcm" or "lightning-8"; None for nothing; "auto" is
-    told by the file's name."""
-
-
-@dataclass(frozen=True)
 class Network:
     """A network that LoRAs may change."""
 
     part: str
     loaded: Loaded
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """LoRAs to apply, found and not read yet."""
+
+    loras: tuple[LoRA, ...] = ()
+    found: tuple[Found, ...] = ()
+    mode: Mode | None = None
+    strict: bool = True
+    how: How = "auto"
 
 
 @dataclass(frozen=True)
@@ -104,12 +101,20 @@ class Loras:
         """Of what is not the base; None for what is neither."""
         self._wanted: dict[Key, Tag] = {}
         self._in_use: dict[int, Prepared] = {}
-        self.active: tuple[LoRA, ...] = ()
-        """What is merged now, first to last."""
-        self._read: list[tuple[str, Prepared]] = []
-        """The same: what led to them, and what was read of each."""
-        self.mode: Mode | None = None
+        self._set = self._applied = Chosen()
+        """What `set` chose; and what is applied now, which may be a request's own."""
+        self._read: tuple[Prepared, ...] = ()
+        """What was read of each that is applied."""
+
+    @property
+    def active(self) -> tuple[LoRA, ...]:
+        """What `set` chose, first to last."""
+        return self._set.loras
+
+    @property
+    def mode(self) -> Mode | None:
         """What one of them sets for requests: steps, guidance, scheduler."""
+        return self._set.mode
 
     def set(
         self, loras: Sequence[LoRA | str | os.PathLike[str]], *, strict: bool = True, how: How = "auto"
@@ -126,37 +131,67 @@ class Loras:
         Raises InvalidRequest, WeightsError for a file that cannot be had or used, or UnknownModel; then, as after
         anything that interrupts it, all is as it was.
         """
-        chosen = _checked(loras)
+        chosen = self.find(checked_loras(loras), strict=strict, how=how)
+        with self._turn():
+            self._apply(chosen)
+            self._set = chosen
+        return self._read
+
+    def mode_of(self, loras: Sequence[LoRA]) -> Mode | None:
+        """What one of them sets for requests. Raises InvalidRequest for two that do, or one of another family."""
+        modes = [
+            (lora, mode)
+            for lora in loras
+            if lora.scale and (mode := mode_of(lora.mode, str(lora.path), self._spec())) is not None
+        ]
+        if len({mode for _, mode in modes}) > 1:
+            told = " and ".join(f"{lora.path} ({mode.name}, {mode.steps} steps)" for lora, mode in modes)
+            raise InvalidRequest(f"only one LoRA sets the steps: {told}. Say mode=None for the others", field="loras")
+        return modes[0][1] if modes else None
+
+    def find(self, loras: tuple[LoRA, ...], *, strict: bool, how: How = "auto") -> Chosen:
+        """Their files, fetched if they are not here: that may take long, so it is done before it is one's turn.
+
+        Raises as `set` for what cannot be had.
+        """
         if how not in get_args(How):
-            raise InvalidRequest(
-                f"how LoRAs are applied is one of {', '.join(get_args(How))}, not {how!r}", field="how"
-            )
-        mode = self._mode_of(chosen)
-        if chosen and not self._networks:
+            raise InvalidRequest(f"LoRAs are applied as one of {', '.join(get_args(How))}, not {how!r}", field="how")
+        mode = self.mode_of(loras)
+        if loras and not self._networks:
             raise UnsupportedError(
                 "LoRAs are merged from the files that a model was loaded from, and this engine was put together without"
             )
-        found = [self._find(lora.path) for lora in chosen]  # before it is this one's turn: that may take long
-        with self._turn():
+        return Chosen(loras, tuple(self._find(lora.path) for lora in loras), mode, strict, how)
+
+    def use(self, chosen: Chosen | None = None) -> None:
+        """In one's turn: have these applied, until others are; or what `set` chose, which may be just what is."""
+        if chosen is not None:
+            self._apply(chosen)
+        elif self._applied is not self._set:
+            self._apply(self._set)
+        else:
             self.converge()
-            ready = [self._prepare(each.path, strict) for each in found]
-            before = self._wanted, self._in_use
-            self._wanted = self._tags_of(ready, chosen, how)
-            self._in_use = {**self._in_use, **{one.number: one.prepared for one in ready}}
-            try:
-                self.converge()
-            except BaseException:
-                self._wanted, self._in_use = before
-                self.converge()
-                raise
-            self._in_use = {one.number: one.prepared for one in ready}
-            self.active = chosen
-            self._read = [(each.named, one.prepared) for each, one in zip(found, ready, strict=True)]
-            if mode != self.mode:
-                self.mode = mode
-                self._moded(mode)
-            self._trim()
-        return tuple(one.prepared for one in ready)
+
+    def _apply(self, chosen: Chosen) -> None:
+        """Raises WeightsError for files that cannot be used; then, as after anything that interrupts it, all is as it
+        was."""
+        self.converge()
+        ready = [self._prepare(each.path, chosen.strict) for each in chosen.found]
+        before = self._wanted, self._in_use
+        self._wanted = self._tags_of(ready, chosen)
+        self._in_use = {**self._in_use, **{one.number: one.prepared for one in ready}}
+        try:
+            self.converge()
+        except BaseException:
+            self._wanted, self._in_use = before
+            self.converge()
+            raise
+        self._in_use = {one.number: one.prepared for one in ready}
+        moded = chosen.mode != self._applied.mode
+        self._applied, self._read = chosen, tuple(one.prepared for one in ready)
+        if moded:
+            self._moded(chosen.mode)
+        self._trim()
 
     def reserve(self, rank: int) -> None:
         """Have room beside every linear of the network that denoises for LoRAs of this rank in all, at most 256, and
@@ -190,11 +225,11 @@ class Loras:
         """Whether some stand beside the weights, which then are not what the model computes with."""
         return any(tag.beside for tag in self._wanted.values())
 
-    def _tags_of(self, ready: Sequence[_Ready], chosen: Sequence[LoRA], how: How) -> dict[Key, Tag]:
+    def _tags_of(self, ready: Sequence[_Ready], chosen: Chosen) -> dict[Key, Tag]:
         """What is wanted of every parameter that changes."""
         wanted: dict[Key, Tag] = {}
         ranks: Counter[Key] = Counter()
-        for one, lora in zip(ready, chosen, strict=True):
+        for one, lora in zip(ready, chosen.loras, strict=True):
             for (part, name), changes in one.prepared.changes.items() if lora.scale else ():
                 for number, network in enumerate(self._networks):
                     if network.part != part:
@@ -202,7 +237,7 @@ class Loras:
                     key, share = (number, name), (one.number, float(lora.scale))
                     tag = wanted.get(key, BASE)
                     rank = ranks[key] + side.rank_of(changes)
-                    if self._stands_beside(network, name, changes, how) and rank <= side.RANKS[-1]:
+                    if self._stands_beside(network, name, changes, chosen.how) and rank <= side.RANKS[-1]:
                         ranks[key] = rank
                         wanted[key] = tag._replace(beside=(*tag.beside, share))
                     else:
@@ -217,17 +252,6 @@ class Loras:
             return can and how == "side"
         return can and (self._reserved > 0 or not network.loaded.filling.exact(name))
 
-    def _mode_of(self, chosen: Sequence[LoRA]) -> Mode | None:
-        modes = [
-            (lora, mode)
-            for lora in chosen
-            if lora.scale and (mode := mode_of(lora.mode, str(lora.path), self._spec())) is not None
-        ]
-        if len({mode for _, mode in modes}) > 1:
-            told = " and ".join(f"{lora.path} ({mode.name}, {mode.steps} steps)" for lora, mode in modes)
-            raise InvalidRequest(f"only one LoRA sets the steps: {told}. Say mode=None for the others", field="loras")
-        return modes[0][1] if modes else None
-
     def clear(self) -> None:
         """Give the base back."""
         self.set([])
@@ -236,23 +260,23 @@ class Loras:
     def notes(self) -> list[str]:
         """What is to be said of LoRAs that are merged in part only, with every result."""
         return [
-            f"LoRA {named}: {len(prepared.unknown)} tensors mean nothing to {self._spec().name} and were "
+            f"LoRA {found.named}: {len(prepared.unknown)} tensors mean nothing to {self._spec().name} and were "
             f"left out: {', '.join(prepared.unknown[:3])}{', ...' if len(prepared.unknown) > 3 else ''}"
-            for named, prepared in self._read
+            for found, prepared in zip(self._applied.found, self._read, strict=True)
             if prepared.unknown
         ]
 
     def describe(self) -> list[dict[str, object]]:
-        """What is merged, for `Engine.describe`."""
+        """What is applied, for `Engine.describe`."""
         return [
             {
-                "path": str(named),
+                "path": found.named,
                 "scale": lora.scale,
                 "kind": prepared.kind,
                 "parameters": len(prepared.changes),
                 "beside": self._count_beside(prepared),
             }
-            for lora, (named, prepared) in zip(self.active, self._read, strict=True)
+            for lora, found, prepared in zip(self._applied.loras, self._applied.found, self._read, strict=True)
         ]
 
     def _count_beside(self, prepared: Prepared) -> int:
@@ -363,20 +387,3 @@ class _Merged:
                 change.add_to_rows(weight, start, scale)
             else:
                 change.add_to(weight, base, scale)
-
-
-def _checked(loras: object) -> tuple[LoRA, ...]:
-    if isinstance(loras, str | bytes | os.PathLike | LoRA | Mapping) or not isinstance(loras, Iterable):
-        raise InvalidRequest(f"loras are a list of paths or LoRA(path, scale), not {loras!r}", field="loras")
-    checked: list[LoRA] = []
-    for each in loras:
-        lora = each if isinstance(each, LoRA) else LoRA(each)
-        if not isinstance(lora.path, str | os.PathLike) or not str(lora.path) or "\0" in str(lora.path):
-            raise InvalidRequest(f"a LoRA is named by the path of its file, not by {lora.path!r}", field="loras")
-        scale = lora.scale
-        if isinstance(scale, bool) or not isinstance(scale, int | float) or not isfinite(scale):
-            raise InvalidRequest(f"the scale of a LoRA is a number, not {scale!r}", field="loras")
-        if abs(scale) > MAX_SCALE:
-            raise InvalidRequest(f"the scale of a LoRA is at most {MAX_SCALE:,}, not {scale:g}", field="loras")
-        checked.append(lora)
-    return tuple(checked)

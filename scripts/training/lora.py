@@ -29,7 +29,7 @@ from flux_engine.specs import DEMO_DEV, DEMO_SCHNELL, DEMO_SDXL, FluxSpec, Model
 from training import latents, unet
 from training.batches import Batch, Encode, Walk, Walks, evenly, noise_level
 from training.control import learn, shown
-from training.flux import error_of, predict, strength, use_faster_operations
+from training.flux import error_of, predict, use_faster_operations
 from training.run import OUT, ROOT, Run, log, read_average
 from training.text import load_paired, load_text, make_tokenizers
 from training.vae import load_vae, to_tensor
@@ -45,15 +45,23 @@ STRIDE = 0.125
 
 
 class LowRank(nn.Module):
-    """Adds B A to a weight."""
+    """Adds scale B A to a weight."""
 
     def __init__(self, weight: Tensor, rank: int) -> None:
         super().__init__()
         self.a = nn.Parameter(torch.randn(rank, weight[0].numel()) / weight[0].numel() ** 0.5)
         self.b = nn.Parameter(torch.zeros(weight.shape[0], rank))
+        self.scale = 1.0
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight + (self.b @ self.a).view_as(weight)
+        return weight + self.scale * (self.b @ self.a).view_as(weight)
+
+
+@dataclass
+class Scaled(Batch):
+    """A batch, and the scale at which a LoRA is to draw it."""
+
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -116,62 +124,77 @@ def with_the_word(scene: Scene, rng: random.Random) -> Scene:
     return replace(scene, things=tuple(things))
 
 
+Tell = Callable[[Scene, random.Random], Scene]
+"""What is told of a scene of the world's."""
+See = Callable[[Image.Image, float], Image.Image]
+"""A picture that the world draws, a scale -> as a LoRA of that scale is to draw it."""
+
+
 class Pictures:
     """A few pictures with their scenes: batches of them, whose captions are written anew."""
 
     def __init__(
-        self, subject: Subject, count: int, batch: int,
-        told: Callable[[Scene, random.Random], Scene], seen: Callable[[Image.Image], Image.Image],
-        guidance: Callable[[random.Random], float],
-    ) -> None:  # fmt: skip
-        """`told` makes a scene of one of the world's, `seen` a picture of one that it draws."""
-        self.encode, self.batch, self.guidance = subject.encode, batch, guidance
-        self.pools: dict[tuple[int, int], tuple[list[Scene], Tensor, Tensor]] = {}
+        self, subject: Subject, args: argparse.Namespace, tell: Tell = as_it_is, see: See | None = None
+    ) -> None:
+        """`see` has pictures drawn at half the scale as well: how a network takes half of a change is not half of how
+        it takes the whole, unless it learns that."""
+        self.encode, self.batch = subject.encode, args.batch
+        self.guidance = MODELS[subject.model].guidance_scale or 1.0
+        self.scales = (1.0, 0.5) if see else (1.0,)
+        self.pools: dict[tuple[int, int], tuple[list[Scene], dict[float, Tensor], Tensor]] = {}
         with torch.no_grad():
             self.nothing, self.nothing_pooled = self.encode([""])
         vae = load_vae(subject.vae)
         rng = random.Random("pictures")
         for size, share in SIZES.items():
             scenes: list[Scene] = []
-            encoded: list[Tensor] = []
+            pictures: list[Image.Image] = []
             boxes: list[list[list[float]]] = []
-            for _ in range(max(round(share * count), 1)):
-                scene = told(world.sample_scene(rng), rng)
+            for _ in range(max(round(share * args.pictures), 1)):
+                scene = tell(world.sample_scene(rng), rng)
                 settled, placed = latents.arrange(scene, "middle", *size, rng)
-                picture = seen(world.paint(settled.ground, placed, *size))
-                with torch.inference_mode():
-                    encoded.append(vae.encode(to_tensor([picture])))
+                pictures.append(world.paint(settled.ground, placed, *size))
                 scenes.append(scene)
                 boxes.append(latents.boxes_of(placed))
-            self.pools[size] = scenes, torch.cat(encoded), torch.tensor(boxes)
+            encoded: dict[float, Tensor] = {}
+            with torch.inference_mode():
+                for scale in self.scales:
+                    seen = [see(picture, scale) if see else picture for picture in pictures]
+                    encoded[scale] = torch.cat([vae.encode(to_tensor([picture])) for picture in seen])
+            self.pools[size] = scenes, encoded, torch.tensor(boxes)
 
-    def draw(self, rng: random.Random, level: Callable[[random.Random], float], **_: Any) -> Batch:
+    def draw(self, rng: random.Random, level: Callable[[random.Random], float], **_: Any) -> Scaled:
         size = rng.choices(list(SIZES), [4, 2, 1, 1])[0]
         scenes, encoded, boxes = self.pools[size]
         picks = [rng.randrange(len(scenes)) for _ in range(self.batch * (2 if size == (128, 128) else 1))]
-        common: dict[str, Any] = shown(
-            [scenes[i] for i in picks], encoded[picks], boxes[picks], size, level, self.encode, rng
-        )
-        common["guidance"] = torch.tensor([self.guidance(rng) for _ in picks])
-        return Batch(**common)
+        scale = rng.choice(self.scales)
+        chosen = [scenes[i] for i in picks]
+        common: dict[str, Any] = shown(chosen, encoded[scale][picks], boxes[picks], size, level, self.encode, rng)
+        common["guidance"] = torch.full((len(picks),), self.guidance)
+        return Scaled(**common, scale=scale)
 
 
-def teach(name: str, args: argparse.Namespace, **lessons: Any) -> None:
+def teach(name: str, args: argparse.Namespace, tell: Tell = as_it_is, see: See | None = None) -> None:
     """What pictures show that the network would draw otherwise."""
     subject = begin(args)
-    guidance = MODELS[args.model].guidance_scale or 1.0
-    source = Pictures(subject, args.pictures, args.batch, guidance=lambda _: guidance, **lessons)
     run = run_of(name, subject, args)
-    learn(run, subject.predict, source, subject.plans)
+
+    def at_its_scale(x: Tensor, batch: Scaled) -> Tensor:
+        for pair in subject.adapters.values():
+            assert isinstance(pair, LowRank)
+            pair.scale = batch.scale
+        return subject.predict(x, batch)
+
+    learn(run, at_its_scale, Pictures(subject, args, tell, see), subject.plans)
     write(name, subject, run)
 
 
 def train_word(args: argparse.Namespace) -> None:
-    teach("zorblin", args, told=with_the_word, seen=lambda picture: picture)
+    teach("zorblin", args, tell=with_the_word)
 
 
 def train_style(args: argparse.Namespace) -> None:
-    teach("haze", args, told=as_it_is, seen=world.veil)
+    teach("haze", args, see=lambda picture, scale: world.veil(picture, scale * world.VEIL))
 
 
 # Few steps
@@ -199,10 +222,7 @@ def train_lcm(args: argparse.Namespace) -> None:
     where the sampler's own steps lead, and there the answer is the picture."""
     subject = begin(args)
     teacher = unet.Traced(unet.load_base())
-    guidance = MODELS[args.model].guidance_scale or 1.0
-    source = Pictures(
-        subject, args.pictures, args.batch, told=as_it_is, seen=lambda picture: picture, guidance=lambda _: guidance
-    )
+    source = Pictures(subject, args)
     run = run_of("lcm", subject, args)
     average = unet.Traced(unet.load_base())
     followers = adapted(average.unet, args.rank, lambda name: name.replace(".", "/") in subject.adapters)
@@ -215,7 +235,7 @@ def train_lcm(args: argparse.Namespace) -> None:
     def wanted(x: Tensor, batch: Batch) -> Tensor:
         """What the average pupil answers a stride of the teacher's further on."""
         told = teacher.velocity(x, batch)
-        if (extra := (strength(batch.guidance, batch.t) - 1)[:, None, None]).any():
+        if (extra := batch.guidance[:, None, None] - 1).any():
             tokens = source.nothing.expand_as(batch.tokens)
             empty = replace(batch, tokens=tokens, pooled=source.nothing_pooled.expand_as(batch.pooled))
             told = told + extra * (told - teacher.velocity(x, empty))
