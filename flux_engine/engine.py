@@ -189,7 +189,9 @@ class Engine:
         )
         self._plain = [pipeline.family.spec for pipeline in self._pipelines()]
         find = find_lora or finder(EngineConfig.from_environment())
-        self.lora = Loras(lambda: self._plain[0], loaded, self._merging, self._weights_change, self._mode_changes, find)
+        self.lora = Loras(
+            lambda: self._plain[0], loaded, self._merging, self._weights_change, self._mode_changes, find, self._learn
+        )
 
     def _pipelines(self) -> list[Pipeline]:
         return [pipeline for pipeline in (self._pipeline, self._slow) if pipeline is not None]
@@ -213,6 +215,18 @@ class Engine:
                 family.text.clear()
             if family.precompute is not None:
                 family.precompute.forget()
+
+    def _learn(self, found: Inversion | None) -> None:
+        """Tokens that came with a LoRA."""
+        family = self._pipeline.family
+        if not isinstance(family, SDXLFamily):
+            if found:
+                log.warning("the LoRA's learned tokens are for SDXL: left out")
+        elif found is None:
+            family.forget()
+        else:
+            family.learn(found)
+            log.info("learned %d tokens with the LoRA: %s", len(found.tables[0]), dict(found.words))
 
     @property
     def spec(self) -> ModelSpec:
@@ -280,7 +294,8 @@ class Engine:
         an `embeddings.pti` itself, or a file as AUTOMATIC1111 and diffusers keep it, whose name is then the word. What
         stands for the tokens (`words`) is replaced in prompts, not in negative ones, wherever these letters stand; a
         prompt may also say `<s0>`, `<s1>`, ... itself.
-        Only tokens are learned. A LoRA or a UNet beside them is not applied: `left_out` names it, and the log does.
+        Only tokens are learned. A LoRA or a UNet beside them is not applied: `left_out` names it, and the log does;
+        `lora.set` takes both.
         Raises WeightsError for what is damaged or does not fit, InvalidRequest for a model that is not SDXL, or
         OutOfMemory; then nothing changed.
         """
@@ -290,6 +305,7 @@ class Engine:
         found = read_inversion(Path(path))
         with self._turn(None), memory_errors(f"loading {path}"):
             family.learn(found)
+            self.lora.tar = None
         log.info("learned %d tokens from %s: %s", len(found.tables[0]), path, dict(found.words))
         if found.left_out:
             log.warning("%s: %s not applied, only the learned tokens", path, " and ".join(found.left_out))
@@ -300,6 +316,7 @@ class Engine:
         family = self._sdxl("textual inversion")
         with self._turn(None):
             family.forget()
+            self.lora.tar = None
 
     def describe(self) -> dict[str, Any]:
         """What is in force: model, device, dtype, number of weights, and what the linears of a network that has some of

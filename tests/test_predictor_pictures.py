@@ -280,7 +280,7 @@ def test_depth(speak: Speak, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def request_of(schema: str, spec: ModelSpec, **inputs: Any) -> Request:
     declared = find_schema(schema)
-    return translate(declared, declared.validate(least(schema, **inputs)), spec, seed=5)[0]
+    return translate(declared, declared.validate(least(schema, **inputs)), spec, seed=5).request
 
 
 WITH_CONTROLNETS = replace(
@@ -505,19 +505,19 @@ def test_links_into_private_networks_are_refused(speak: Speak) -> None:
         assert caught.value.field == "input_image"
 
 
-LORA = "there are no LoRAs in this version yet"
+LORA = "Understood are: "
 REFUSED = [
     ("flux-fill-dev", {"mask": None}, {"mask": "say what to paint"}),
-    ("flux-fill-dev", {"lora_weights": "owner/name"}, {"lora_weights": LORA}),
+    ("flux-fill-dev", {"lora_weights": "/etc/passwd"}, {"lora_weights": "is a path, which is not read here"}),
     ("flux-fill-dev", {"image": "nothing.png", "mask": "none.png"},
      {"image": "'nothing.png' does not exist", "mask": "'none.png' does not exist"}),
     ("flux-fill-dev", {"image": "nothing.png", "mask": None}, {"image": "'nothing.png' does not exist"}),
     ("flux-canny-dev", {"control_image": "data:image/png;base64,AAAA"}, {"control_image": "'data:image/png;base64"}),
     ("flux-kontext-dev", {"input_image": io.BytesIO(b"x")}, {"input_image": "(a BytesIO)"}),
     ("flux-redux-dev", {"redux_image": "nothing.png"}, {"redux_image": "'nothing.png'"}),
-    ("sdxl", {"replicate_weights": "https://replicate.delivery/x.tar"}, {"replicate_weights": LORA}),
+    ("sdxl", {"replicate_weights": "one word"}, {"replicate_weights": LORA}),
     ("sdxl-controlnet", {"image": None}, {"image": "no edges to follow"}),
-    ("sdxl-multi-controlnet", {"lora_weights": "https://replicate.delivery/x.tar"}, {"lora_weights": LORA}),
+    ("sdxl-multi-controlnet", {"lora_weights": "ftp://example.com/x.tar"}, {"lora_weights": LORA}),
     ("sdxl-multi-controlnet", {"controlnet_1": "edge_canny", "controlnet_3": "illusion"},
      {"controlnet_1_image": "controlnet_1 'edge_canny' needs a picture", "controlnet_3_image": "controlnet_3"}),
     ("sdxl-multi-controlnet", {"sizing_strategy": "input_image"}, {"image": "sizing_strategy says"}),
@@ -593,7 +593,8 @@ def test_a_preprocessor_that_is_not_here(fresh: Callable[..., tuple[Predictor, l
 def test_what_is_loaded(fresh: Callable[..., tuple[Predictor, list[str]]], published: Path) -> None:
     found = {schema: fresh(schema)[0] for schema in SCHEMAS}
     models = {"flux-redux-dev": "flux-dev", "flux-redux-schnell": "flux-schnell", "sdxl-controlnet": "sdxl"}
-    models["sdxl-multi-controlnet"] = "sdxl"
+    models |= {"sdxl-multi-controlnet": "sdxl", "flux-schnell-lora": "flux-schnell", "flux-dev-lora": "flux-dev"}
+    models["flux-finetune"] = "flux-dev"
     for schema, predictor in found.items():
         assert predictor.model == predictor.spec.name == models.get(schema, schema)
         assert predictor.redux == ("flux-redux-dev" if "redux" in schema else None)

@@ -37,20 +37,54 @@ DEV = [
     ("go_fast", "boolean", True),
     ("megapixels", "string", "1", ["1", "0.25"]),
 ]
+SCHNELL = [
+    ("prompt", "string", REQUIRED),
+    ("aspect_ratio", "string", "1:1", RATIOS),
+    ("num_outputs", "integer", 1, 1, 4),
+    ("num_inference_steps", "integer", 4, 1, 4),
+    ("seed", "integer", None),
+    ("output_format", "string", "webp", FORMATS),
+    ("output_quality", "integer", 80, 0, 100),
+    ("disable_safety_checker", "boolean", False),
+    ("go_fast", "boolean", True),
+    ("megapixels", "string", "1", ["1", "0.25"]),
+]
+LORA = [("lora_weights", "string", None), ("lora_scale", "number", 1, -1, 3)]
+EXTRA_LORA = [("extra_lora", "string", None), ("extra_lora_scale", "number", 1, -1, 3)]
 PUBLISHED: dict[str, list[tuple[Any, ...]]] = {  # name, type, default, then the choices or the limits
-    "flux-schnell": [
+    "flux-schnell": SCHNELL,
+    "flux-dev": DEV,
+    "flux-schnell-lora": [*SCHNELL[:-1], *LORA, SCHNELL[-1]],
+    "flux-dev-lora": [
+        *DEV[:-1],
+        *LORA,
+        *EXTRA_LORA,
+        DEV[-1],
+        ("hf_api_token", "secret", None),
+        ("civitai_api_token", "secret", None),
+    ],
+    "flux-finetune": [
         ("prompt", "string", REQUIRED),
-        ("aspect_ratio", "string", "1:1", RATIOS),
+        ("image", "uri", None),
+        ("mask", "uri", None),
+        ("aspect_ratio", "string", "1:1", [*RATIOS, "custom"]),
+        ("height", "integer", None, 256, 1440),
+        ("width", "integer", None, 256, 1440),
+        ("prompt_strength", "number", 0.8, 0, 1),
+        ("model", "string", "dev", ["dev", "schnell"]),
         ("num_outputs", "integer", 1, 1, 4),
-        ("num_inference_steps", "integer", 4, 1, 4),
+        ("num_inference_steps", "integer", 28, 1, 50),
+        ("guidance_scale", "number", 3, 0, 10),
         ("seed", "integer", None),
         ("output_format", "string", "webp", FORMATS),
         ("output_quality", "integer", 80, 0, 100),
         ("disable_safety_checker", "boolean", False),
-        ("go_fast", "boolean", True),
+        ("go_fast", "boolean", False),
         ("megapixels", "string", "1", ["1", "0.25"]),
+        ("replicate_weights", "string", None),
+        ("lora_scale", "number", 1, -1, 3),
+        *EXTRA_LORA,
     ],
-    "flux-dev": DEV,
     "flux-krea-dev": DEV,
     "flux-fill-dev": [
         ("prompt", "string", REQUIRED),
@@ -271,7 +305,9 @@ def test_openapi_says_the_same(schema: Schema) -> None:
             enum = {"title": name, "description": "An enumeration.", "type": "string", "enum": rest[0]}
             assert schemas[name] == enum
         else:
-            shape |= {"type": "string", "format": "uri"} if kind == "uri" else {"type": kind}
+            secret = {"type": "string", "format": "password", "writeOnly": True, "x-cog-secret": True}
+            special = {"uri": {"type": "string", "format": "uri"}, "secret": secret}
+            shape |= special.get(kind, {"type": kind})
             shape["title"] = " ".join(word.capitalize() for word in name.split("_"))
         if len(rest) == 2:
             shape |= {"minimum": rest[0], "maximum": rest[1]}

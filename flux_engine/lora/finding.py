@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +14,24 @@ from flux_engine.downloads import Limits
 from flux_engine.errors import UnsupportedError
 from flux_engine.references import Reference, Secrets, fetch_reference, parse_reference
 
-log = logging.getLogger(__name__)
-
 Named = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
-class Found:
-    """A LoRA's file."""
+class Found(os.PathLike[str]):
+    """A LoRA's file, which can stand for itself in `LoRA.path`."""
 
     path: Path
     named: str
     """What led to it, without anything secret."""
+    tar: Path | None = None
+    """The tar that it came in, where that holds learned tokens as well."""
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __str__(self) -> str:
+        return self.named
 
 
 def refer(named: Named, bare: Literal["huggingface", "replicate"] = "huggingface") -> Reference:
@@ -35,8 +41,10 @@ def refer(named: Named, bare: Literal["huggingface", "replicate"] = "huggingface
     return parse_reference(named, bare=bare, field="loras")
 
 
-def finder(config: EngineConfig, *, offline: bool = False) -> Callable[[Named | Reference], Found]:
-    """What finds LoRAs by their names, and fetches those that are not here.
+def finder(
+    config: EngineConfig, *, offline: bool = False, field: str = "loras", cancel: threading.Event | None = None
+) -> Callable[[Named | Reference], Found]:
+    """What finds LoRAs by their names, and fetches those that are not here. `field` is what errors speak of.
 
     It raises as `fetch_reference`, or UnsupportedError where there is no folder to keep them in.
     """
@@ -44,18 +52,16 @@ def finder(config: EngineConfig, *, offline: bool = False) -> Callable[[Named | 
     limits = Limits(folder=config.lora_cache)
 
     def find(named: Named | Reference) -> Found:
+        if isinstance(named, Found):
+            return named
         reference = named if isinstance(named, Reference) else refer(named)
         if config.cache is None:
             raise UnsupportedError("LoRAs are kept in a folder, and there is none: set FLUX_ENGINE_CACHE")
         found = fetch_reference(
-            reference, folder=config.cache / "loras", secrets=secrets, limits=limits, field="loras",
-            offline=offline or config.offline,
+            reference, folder=config.cache / "loras", secrets=secrets, limits=limits, field=field,
+            offline=offline or config.offline, cancel=cancel,
         )  # fmt: skip
-        if found.tar is not None:
-            log.warning(
-                "%s has learned tokens as well: engine.load_textual_inversion(%r) reads them",
-                reference.describe(), str(found.tar),
-            )  # fmt: skip
-        return Found(found.weights, reference.name if reference.kind == "path" else reference.describe())
+        named = reference.name if reference.kind == "path" else reference.describe()
+        return Found(found.weights, named, found.tar)
 
     return find

@@ -28,6 +28,7 @@ from flux_engine.lora.names import PREFIXES, Names
 from flux_engine.lora.reading import Prepared, read_lora
 from flux_engine.memory import Loaded
 from flux_engine.specs import ModelSpec
+from flux_engine.text.inversion import Inversion, read_inversion
 
 CACHE = 2**30
 """Bytes of LoRAs that are kept ready, for switching back to one."""
@@ -84,12 +85,14 @@ class Loras:
         changed: Callable[[Iterable[str]], None],
         moded: Callable[[Mode | None], None],
         find: Callable[[Named], Found],
+        learn: Callable[[Inversion | None], None] = lambda found: None,
         *,
         cache_bytes: int = CACHE,
     ) -> None:
         """`spec` is what the model is by itself. `turn` holds the engine; `changed` is told of the parts whose weights
-        are to change and did, `moded` of the mode that requests are to have. `find` gives a LoRA's file."""
-        self._find = find
+        are to change and did, `moded` of the mode that requests are to have. `find` gives a LoRA's file. `learn` is
+        given tokens that came with one, instead of those before, or None to forget them."""
+        self._find, self._learn = find, learn
         self._spec, self._networks, self._turn, self._changed, self._moded = spec, networks, turn, changed, moded
         self.cache_bytes = cache_bytes
         self._ready: OrderedDict[tuple[str, int, int, int, bool], _Ready] = OrderedDict()
@@ -103,6 +106,8 @@ class Loras:
         self._in_use: dict[int, Prepared] = {}
         self._set = self._applied = Chosen()
         """What `set` chose; and what is applied now, which may be a request's own."""
+        self.tar: Path | None = None
+        """Where the tokens were read that came with one of them, and are in force."""
         self._read: tuple[Prepared, ...] = ()
         """What was read of each that is applied."""
 
@@ -177,11 +182,16 @@ class Loras:
         was."""
         self.converge()
         ready = [self._prepare(each.path, chosen.strict) for each in chosen.found]
+        tar = _tar_of(chosen)
+        inversion = read_inversion(tar) if tar and tar != self.tar else None
         before = self._wanted, self._in_use
         self._wanted = self._tags_of(ready, chosen)
         self._in_use = {**self._in_use, **{one.number: one.prepared for one in ready}}
         try:
             self.converge()
+            if tar != self.tar:
+                self._learn(inversion)
+                self.tar = tar
         except BaseException:
             self._wanted, self._in_use = before
             self.converge()
@@ -362,6 +372,15 @@ class Loras:
         for key, ready in list(self._ready.items()):
             if total > self.cache_bytes and ready.number not in self._in_use:
                 total -= self._ready.pop(key).prepared.bytes
+
+
+def _tar_of(chosen: Chosen) -> Path | None:
+    """Where learned tokens are that come with a LoRA. Raises InvalidRequest for two."""
+    with_tokens = [each for each, lora in zip(chosen.found, chosen.loras, strict=True) if each.tar and lora.scale]
+    if len({each.tar for each in with_tokens}) > 1:
+        told = " and ".join(each.named for each in with_tokens)
+        raise InvalidRequest(f"only one LoRA brings learned tokens, not {told}", field="loras")
+    return with_tokens[0].tar if with_tokens else None
 
 
 def networks_of(spec: ModelSpec, parts: Sequence[tuple[str, nn.Module]], loaded: Sequence[Loaded]) -> list[Network]:

@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,16 +20,21 @@ from flux_engine.addons import ControlNets, Named, controlnet_specs
 from flux_engine.assemble import find_model
 from flux_engine.config import EngineConfig
 from flux_engine.engine import Engine, load
-from flux_engine.errors import OutputError
+from flux_engine.errors import InvalidRequest, OutputError
+from flux_engine.inputs.loras import LoRA
+from flux_engine.lora.finding import finder, refer
 from flux_engine.pipeline import Step
 from flux_engine.plan import said
-from flux_engine.predictor.translation import translate
+from flux_engine.predictor.translation import Wanted, translate
+from flux_engine.replicate.schema import InvalidInput, Schema
 from flux_engine.replicate.schemas import find_schema
 from flux_engine.request import Request
 from flux_engine.result import Result
 from flux_engine.specs import FluxSpec, ModelSpec, refined
 
 BAR = 10
+TOKENS = {"hf_token": "hf_api_token", "civitai_api_token": "civitai_api_token"}
+"""Field of EngineConfig -> the input that stands in for it."""
 
 
 def say_line(line: str) -> None:
@@ -49,7 +54,8 @@ class Predictor:
         self,
         schema: str,
         *,
-        model: Named | None = None,
+        model: Named | Mapping[str, Named] | None = None,
+        lora: Named | None = None,
         controlnets: ControlNets | Literal["auto"] = "auto",
         redux: Named | Literal["auto"] | None = "auto",
         refiner: Named | Literal["auto"] | None = "auto",
@@ -57,21 +63,30 @@ class Predictor:
         dtype: str | None = None,
         quantization: str | None = None,
         memory: str | int | None = None,
+        local_loras: bool = False,
         output_dir: Path | None = None,
         say: Callable[[str], None] = say_line,
     ) -> None:
-        """`model` defaults to the one that the schema is published for. `controlnets`, `redux` and `refiner` are loaded
+        """`model` defaults to the one that the schema is published for; where an input chooses among several, it says
+        which model is which, as {"dev": ..., "schnell": ...}, or the first alone. `lora` is a fine-tune's own, which
+        counts where a prediction names none in its place. `controlnets`, `redux` and `refiner` are loaded
         with it, as `load` takes them; "auto" is what is published with it, and with another model ControlNets for the
         same kinds of control picture and no refiner. With quantization "both" `go_fast` chooses between 8 bits and full
-        precision. `output_dir` receives a folder for every prediction (default: the
-        system's temporary folder). `say` takes the log's lines.
+        precision. `local_loras` lets predictions name LoRAs by paths on this machine, which is not for texts that
+        strangers send. `output_dir` receives a folder for every prediction (default: the system's temporary folder).
+        `say` takes the log's lines.
 
         Raises UnknownSchema, UnknownModel, or WeightsError for a path to nothing.
         """
         self.schema = find_schema(schema)
-        published = self.schema.model or self.schema.name
-        own = model is None or model == published
-        self.model = published if model is None else os.fspath(model)
+        published = self.schema.models or {"": self.schema.model or self.schema.name}
+        if isinstance(model, Mapping):
+            _check_choices(self.schema, model)
+            self.models = {choice: os.fspath(named) for choice, named in model.items()}
+        else:
+            self.models = dict(published) if model is None else {next(iter(published)): os.fspath(model)}
+        """What the input `model` may say -> the model; "" where there is no such input."""
+        own = self.models == published
         nets = self.schema.controlnets
         self.controlnets: ControlNets = (
             (tuple(nets.values()) if own else tuple(nets)) if controlnets == "auto" else controlnets
@@ -79,41 +94,63 @@ class Predictor:
         self.redux = self.schema.redux if redux == "auto" else redux
         self.refiner = (self.schema.refiner if own else None) if refiner == "auto" else refiner
         known = hub.manifests(EngineConfig.from_environment().weights)
-        for name in (self.model, self.refiner):
+        for name in (*self.models.values(), self.refiner):
             if name is not None:
                 hub.refer(os.fspath(name), known)
+        self.lora = None if lora is None else refer(lora, self.schema.bare)
+        if self.lora is not None and not self.schema.loras:
+            raise InvalidRequest(f"{schema} has no input for the strength of a LoRA: give none", field="lora")
+        self.local_loras = local_loras
         self.device, self.dtype, self.quantization, self.memory = device, dtype, quantization, memory
         self.output_dir = output_dir
         self.say = say
-        self._engine: Engine | None = None
-        self._spec: ModelSpec | None = None
+        self._engines: dict[str, Engine] = {}
+        self._specs: dict[str, ModelSpec] = {}
         self._loading = threading.Lock()
 
     @property
+    def model(self) -> str:
+        """The model that draws unless an input says otherwise."""
+        return self.models[self._first]
+
+    @property
+    def _first(self) -> str:
+        return next(iter(self.models))
+
+    @property
     def spec(self) -> ModelSpec:
-        """What the model is, with what goes with it. Before it is loaded, what is known of it without its weights.
+        """What that model is, with what goes with it. Before it is loaded, what is known of it without its weights.
 
         Raises what `load` does for models that are not there, or do not go together.
         """
-        if self._engine is not None:
-            return self._engine.spec
-        if self._spec is None:
+        return self._spec(self._first)
+
+    def _spec(self, choice: str) -> ModelSpec:
+        if choice in self._engines:
+            return self._engines[choice].spec
+        if choice not in self._specs:
             config = EngineConfig.from_environment(device=self.device, dtype=self.dtype, quantization=self.quantization)
             known = hub.manifests(config.weights)
             refiner = None if self.refiner is None else _spec_of(self.refiner, known, config, ["unet"])
-            spec = refined(_spec_of(self.model, known, config), refiner)
+            spec = refined(_spec_of(self.models[choice], known, config), refiner)
             spec = replace(spec, controlnets=tuple(controlnet_specs(self.controlnets, spec, known)))
             if self.redux is not None and isinstance(spec, FluxSpec):
                 spec = replace(spec, image_prompts=True)
-            self._spec = spec
-        return self._spec
+            self._specs[choice] = spec
+        return self._specs[choice]
 
     def setup(self) -> None:
-        """Load the model. Called by `predict` if it was not before."""
+        """Load the model, and fetch the fine-tune's own LoRA. Called by `predict` if it was not before. Another model
+        that an input may choose is loaded when it is."""
+        self._ready(self._first)
+        if self.lora is not None:
+            finder(EngineConfig.from_environment())(self.lora)
+
+    def _ready(self, choice: str) -> Engine:
         with self._loading:
-            if self._engine is None:
-                self._engine = load(
-                    self.model,
+            if choice not in self._engines:
+                self._engines[choice] = load(
+                    self.models[choice],
                     device=self.device,
                     dtype=self.dtype,
                     quantization=self.quantization,
@@ -122,6 +159,7 @@ class Predictor:
                     controlnets=self.controlnets,
                     redux=self.redux,
                 )
+            return self._engines[choice]
 
     def predict(self, *, cancel: threading.Event | None = None, **inputs: Any) -> list[Path] | Path:
         """Make the pictures of one prediction and return their files, `out-{i}.{format}`, after the control pictures,
@@ -133,21 +171,49 @@ class Predictor:
         """
         values = self.schema.validate(inputs)
         seed = self._seed(values["seed"])
-        request, notes = translate(self.schema, values, self.spec, seed=seed)
-        if self._engine is None:
-            request.resolve(self.spec)
-        self.setup()
-        assert self._engine is not None
+        choice = self._choice(values)
+        told = translate(
+            self.schema, values, self._spec(choice), seed=seed, own=self.lora is not None, local=self.local_loras
+        )
+        if choice not in self._engines:
+            told.request.resolve(self._spec(choice))
+        loras = self._fetched(told.loras, values, cancel)
+        engine = self._ready(choice)
         self.say(f"Using seed: {seed}")
-        for line in (*self._not_in_force(values), *notes):
+        for line in (*self._not_in_force(values), *told.notes):
             self.say(line)
         folder = self._folder()
         try:
-            result = self._run(self._engine, request, cancel)
+            result = self._run(engine, replace(told.request, loras=loras), cancel)
             return self._write(folder, result, values)
         except BaseException:  # also a host's cancellation, which is no Exception: nothing half-made is left
             shutil.rmtree(folder, ignore_errors=True)
             raise
+
+    def _choice(self, values: Mapping[str, Any]) -> str:
+        """Which model draws."""
+        choice = values["model"] if self.schema.models else ""
+        if choice not in self.models:
+            here = ", ".join(self.models)
+            raise InvalidInput(
+                {"model": f"{choice!r} is not loaded, only {here}: Predictor({self.schema.name!r}, model={{...}})"}
+            )
+        return choice
+
+    def _fetched(
+        self, loras: Sequence[Wanted], values: Mapping[str, Any], cancel: threading.Event | None
+    ) -> list[LoRA]:
+        """The LoRAs of a prediction, fetched with its own tokens."""
+        config = EngineConfig.from_environment()
+        tokens = {name: token for name, source in TOKENS.items() if (token := values.get(source))}
+        found: list[LoRA] = []
+        for one in loras:
+            reference = one.reference or self.lora
+            assert reference is not None
+            find = finder(replace(config, **tokens), field=one.input, cancel=cancel)
+            # Steps, guidance and scheduler are inputs: a LoRA sets none of them.
+            found.append(LoRA(find(reference), one.scale, mode=None))
+        return found
 
     def _seed(self, asked: int | None) -> int:
         if asked is None or (self.schema.seeds_from_one and asked <= 0):
@@ -200,6 +266,13 @@ class Predictor:
             return Path(tempfile.mkdtemp(prefix="prediction-", dir=self.output_dir))
         except OSError as error:
             raise OutputError(f"cannot make a folder for the pictures: {error}") from None
+
+
+def _check_choices(schema: Schema, models: Mapping[str, Named]) -> None:
+    wrong = [choice for choice in models if choice not in schema.models]
+    if wrong or not models:
+        said = f"takes models for {', '.join(schema.models)}" if schema.models else "takes one model"
+        raise InvalidRequest(f"{schema.name} {said}, not for {', '.join(map(str, wrong)) or 'none'}", field="model")
 
 
 def _spec_of(

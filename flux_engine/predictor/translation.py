@@ -12,16 +12,16 @@ from typing import Any
 from PIL.Image import Image
 
 from flux_engine import pictures
-from flux_engine.errors import InvalidRequest
+from flux_engine.errors import FluxEngineError, InvalidRequest
 from flux_engine.inputs import Control
 from flux_engine.inputs.following import divided
-from flux_engine.replicate.schema import InvalidInput, Schema, Steering
+from flux_engine.references import Reference, parse_reference
+from flux_engine.replicate.schema import CUSTOM, InvalidInput, Schema, Steering
 from flux_engine.request import NO_REFINER, Request
 from flux_engine.specs import ModelSpec, SDXLSpec
 
 Size = tuple[int, int]
 """(width, height)."""
-LORAS = ("lora_weights", "replicate_weights")
 NO_CONTROL = "none"
 USED_BY = {"high_noise_frac": "expert_ensemble_refiner", "refine_steps": "base_image_refiner"}
 """Field -> the only way to refine that it says something of."""
@@ -31,10 +31,32 @@ TABLES: Mapping[str, tuple[Size, ...]] = {
 }
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """A LoRA that an input names."""
+
+    input: str
+    reference: Reference | None
+    """None for the model's own."""
+    scale: float
+
+
+@dataclass(frozen=True)
+class Translated:
+    """What validated inputs stand for."""
+
+    request: Request
+    loras: tuple[Wanted, ...]
+    """What the request is to have, once it is here."""
+    notes: tuple[str, ...]
+    """A line for what was asked for and does not count."""
+
+
 def translate(
-    schema: Schema, values: Mapping[str, Any], spec: ModelSpec, *, seed: int
-) -> tuple[Request, tuple[str, ...]]:
-    """The request that validated inputs stand for, and a line for what was asked for and does not count.
+    schema: Schema, values: Mapping[str, Any], spec: ModelSpec, *, seed: int, own: bool = False, local: bool = False
+) -> Translated:
+    """The request that validated inputs stand for. `own` says that there is a LoRA of the model's own, which counts
+    where the first input for one names none; `local` that names of LoRAs may be paths.
 
     Raises InvalidInput that lists every input that is wrong, or InvalidRequest for a model that cannot do what the
     schema is for.
@@ -47,11 +69,12 @@ def translate(
         )
     work = _Translation(schema, values, spec)
     fields = work.fields()
+    loras = work.loras(own, local)
     if work.problems:
         raise InvalidInput(work.problems)
     # The schema sets a seed no limits; torch counts seeds modulo 2^64, so that -1 is its largest.
     fields["seed"] = seed % 2**64
-    return Request(**fields), tuple(work.notes)
+    return Translated(Request(**fields), loras, tuple(work.notes))
 
 
 @dataclass
@@ -74,7 +97,7 @@ class _Translation:
                 self.notes.append("mask ignored: there is no image")
             for name in ("mask", "strength"):
                 found.pop(name, None)
-        elif "mask" not in found:
+        elif "mask" not in found or schema.with_mask_too:
             for name in schema.sizes_without_image:
                 found.pop(name, None)
         asked = dict(schema.always)
@@ -83,13 +106,30 @@ class _Translation:
         for name, why in schema.needs.items():
             if values[name] is None and not (name == "mask" and self._has_holes(asked.get("image"))):
                 self.problems.setdefault(name, why)
-        for name in LORAS:
-            if (values.get(name) or "").strip():
-                self.problems[name] = "there are no LoRAs in this version yet: leave it out"
         self._refine(asked)
         self._size(asked)
         controls = [control for one in schema.steering if (control := self._control(one)) is not None]
         return asked | {"control": controls}
+
+    def loras(self, own: bool, local: bool) -> tuple[Wanted, ...]:
+        """What the inputs name, as far as they can be understood; nothing is fetched."""
+        found: list[Wanted] = []
+        for one in self.schema.loras:
+            text, scale = (self.values[one.weights] or "").strip(), self.values[one.scale]
+            if not text:
+                if own and one is self.schema.loras[0]:
+                    found.append(Wanted(one.weights, None, scale))
+                continue
+            try:
+                reference = parse_reference(text, bare=self.schema.bare, local=local, field=one.weights)
+            except FluxEngineError as error:
+                self.problems[one.weights] = str(error).removeprefix(f"{one.weights} ")
+                continue
+            if any(reference == other.reference for other in found):
+                self.notes.append(f"{one.weights} ignored: it is the same as {found[0].input}")
+            else:
+                found.append(Wanted(one.weights, reference, scale))
+        return tuple(found)
 
     def picture(self, name: str) -> Image | None:
         """An input's picture, read once. None for one that cannot be read, which is a problem."""
@@ -127,6 +167,7 @@ class _Translation:
 
     def _size(self, asked: dict[str, Any]) -> None:
         """Width and height: after a picture, or as said; for a small model divided like all published sizes."""
+        self._custom(asked)
         sizes, sizing = self.spec.sizes, self.schema.sizing
         said = self.values.get(sizing.chosen) if sizing else None
         name = (sizing.images.get(said, "") if said else sizing.image) if sizing else ""
@@ -143,6 +184,19 @@ class _Translation:
                 f"{width}x{height} is drawn as {asked['width']}x{asked['height']}: {self.spec.name} has the published "
                 f"sizes divided by {sizes.divisor}"
             )
+
+    def _custom(self, asked: dict[str, Any]) -> None:
+        """Width and height count where aspect_ratio is "custom", and only there."""
+        ratio = next((one for one in self.schema.inputs if one.name == "aspect_ratio" and CUSTOM in one.choices), None)
+        if ratio is None or "aspect_ratio" not in asked:
+            return
+        unused = ("aspect_ratio", "megapixels") if asked["aspect_ratio"] == CUSTOM else ("width", "height")
+        for name in unused:
+            asked.pop(name, None)
+        if "aspect_ratio" not in asked:
+            for name in ("width", "height"):
+                if name not in asked:
+                    self.problems[name] = "aspect_ratio is custom: say width and height"
 
     def _control(self, steering: Steering) -> Control | None:
         """A control picture, if one was asked for and is there."""

@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from flux_engine.replicate.inputs import (
+    CIVITAI_API_TOKEN,
     DISABLE_SAFETY_CHECKER,
+    EXTRA_LORA,
+    EXTRA_LORA_SCALE,
+    HF_API_TOKEN,
     IMAGE,
     LORA_SCALE,
     LORA_WEIGHTS,
@@ -16,7 +20,7 @@ from flux_engine.replicate.inputs import (
     SEED,
     STEPS,
 )
-from flux_engine.replicate.schema import Input, Schema, Steering
+from flux_engine.replicate.schema import CUSTOM, Input, Schema, Stacked, Steering
 from flux_engine.sizes import MEGAPIXELS, PUBLISHED_SIZES
 
 ASPECT_RATIO = Input(
@@ -127,9 +131,93 @@ FLUX_DEV = Schema(
 
 FLUX_KREA_DEV = replace(FLUX_DEV, name="flux-krea-dev", title="FLUX.1 Krea dev")
 
+
+def _before(name: str, inputs: tuple[Input, ...], *more: Input) -> tuple[Input, ...]:
+    """More inputs before the one of that name."""
+    at = next(number for number, one in enumerate(inputs) if one.name == name)
+    return (*inputs[:at], *more, *inputs[at:])
+
+
+MAIN = Stacked("lora_weights", "lora_scale")
+EXTRA = Stacked("extra_lora", "extra_lora_scale")
+FLUX_SCHNELL_LORA = replace(
+    FLUX_SCHNELL,
+    name="flux-schnell-lora",
+    title="FLUX.1 schnell with a LoRA",
+    model="flux-schnell",
+    loras=(MAIN,),
+    inputs=_before("megapixels", FLUX_SCHNELL.inputs, LORA_WEIGHTS, LORA_SCALE),
+)
+
+FLUX_DEV_LORA = replace(
+    FLUX_DEV,
+    name="flux-dev-lora",
+    title="FLUX.1 dev with LoRAs",
+    model="flux-dev",
+    loras=(MAIN, EXTRA),
+    inputs=(
+        *_before("megapixels", FLUX_DEV.inputs, LORA_WEIGHTS, LORA_SCALE, EXTRA_LORA, EXTRA_LORA_SCALE),
+        HF_API_TOKEN,
+        CIVITAI_API_TOKEN,
+    ),
+)
+
+CUSTOM_SIDE = Input(
+    name="height",
+    type="integer",
+    ge=256,
+    le=1440,
+    field="height",
+    description="Height in pixels, rounded up to a multiple of 16; counts where aspect_ratio is custom",
+)
+FLUX_FINETUNE = Schema(
+    name="flux-finetune",
+    title="A fine-tune of FLUX.1",
+    models={"dev": "flux-dev", "schnell": "flux-schnell"},
+    loras=(Stacked("replicate_weights", "lora_scale"), EXTRA),
+    sizes_without_image=("aspect_ratio", "megapixels", "width", "height"),
+    with_mask_too=True,
+    inputs=(
+        PROMPT,
+        replace(IMAGE, description="Picture to start from, or to paint in; the result has its shape"),
+        MASK,
+        replace(
+            ASPECT_RATIO,
+            choices=(*ASPECT_RATIO.choices, CUSTOM),
+            description="Width to height of the picture; custom is as width and height say",
+        ),
+        CUSTOM_SIDE,
+        replace(CUSTOM_SIDE, name="width", field="width", description="Width in pixels, likewise"),
+        PROMPT_STRENGTH,
+        Input(
+            name="model",
+            type="string",
+            default="dev",
+            choices=("dev", "schnell"),
+            description="Which model draws; schnell needs few steps: 4",
+        ),
+        NUM_OUTPUTS,
+        DEV_STEPS,
+        replace(GUIDANCE, name="guidance_scale"),
+        SEED,
+        OUTPUT_FORMAT,
+        OUTPUT_QUALITY,
+        DISABLE_SAFETY_CHECKER,
+        replace(GO_FAST, default=False),
+        MEGAPIXELS_INPUT,
+        replace(
+            LORA_WEIGHTS, name="replicate_weights", description="LoRA to apply in the place of the fine-tune's own"
+        ),
+        LORA_SCALE,
+        EXTRA_LORA,
+        EXTRA_LORA_SCALE,
+    ),
+)
+
 FLUX_FILL_DEV = Schema(
     name="flux-fill-dev",
     title="FLUX.1 Fill dev",
+    loras=(MAIN,),
     needs={"mask": "say what to paint: a mask, or an image that is transparent there"},
     inputs=(
         PROMPT,

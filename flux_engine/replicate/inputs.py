@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from flux_engine.replicate.schema import Input
 
 PROMPT = Input(name="prompt", type="string", required=True, field="prompt", description="What the picture shows")
@@ -47,3 +49,7 @@ LORA_WEIGHTS = Input(
     name="lora_weights", type="string", description="LoRA to apply: a name on Replicate or Hugging Face, or an address"
 )
 LORA_SCALE = Input(name="lora_scale", type="number", default=1, ge=-1, le=3, description="Strength of the LoRA")
+EXTRA_LORA = replace(LORA_WEIGHTS, name="extra_lora", description="Another LoRA to apply beside the first")
+EXTRA_LORA_SCALE = replace(LORA_SCALE, name="extra_lora_scale", description="Strength of the other LoRA")
+HF_API_TOKEN = Input(name="hf_api_token", type="secret", description="Hugging Face token, for LoRAs that need one")
+CIVITAI_API_TOKEN = Input(name="civitai_api_token", type="secret", description="CivitAI token, for LoRAs that need one")

@@ -18,13 +18,22 @@ SHOWN = 100
 """Most characters of a refused value that an error repeats: pictures are sent as text of megabytes."""
 
 
+CUSTOM = "custom"
+"""What aspect_ratio says where width and height count."""
+TYPES: Mapping[str, Mapping[str, Any]] = {
+    "uri": {"type": "string", "format": "uri"},
+    "secret": {"type": "string", "format": "password", "writeOnly": True, "x-cog-secret": True},
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Input:
     """One input of a schema. The order of a schema's inputs is their published order."""
 
     name: str
-    type: Literal["string", "integer", "number", "boolean", "uri"]
-    """"uri" is a picture: an address or data URI, or the path or open file that a host made of it."""
+    type: Literal["string", "integer", "number", "boolean", "uri", "secret"]
+    """"uri" is a picture: an address or data URI, or the path or open file that a host made of it. "secret" is a text
+    that is shown nowhere."""
     description: str
     default: Any = None
     required: bool = False
@@ -52,9 +61,11 @@ class Input:
         return checked
 
     def _typed(self, value: Any) -> Any:
+        # Cog hands over a secret as an object that shows stars, and says it when asked.
+        value = getattr(value, "get_secret_value", lambda: value)() if self.type == "secret" else value
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         match self.type:
-            case "string" if isinstance(value, str):
+            case "string" | "secret" if isinstance(value, str):
                 return value
             case "boolean" if isinstance(value, bool):
                 return value
@@ -73,7 +84,7 @@ class Input:
         if self.choices:
             body["allOf"] = [{"$ref": f"#/components/schemas/{self.name}"}]
         else:
-            body |= {"type": "string", "format": "uri"} if self.type == "uri" else {"type": self.type}
+            body |= TYPES.get(self.type, {"type": self.type})
             body["title"] = self.name.replace("_", " ").title()
         if not self.required and self.default is not None:
             body["default"] = self.default
@@ -134,6 +145,16 @@ class Steering:
     """What the preprocessor is told."""
 
 
+@dataclass(frozen=True)
+class Stacked:
+    """Inputs that together bring a LoRA."""
+
+    weights: str
+    """The input that names it."""
+    scale: str
+    """The input that says how strongly it counts."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sizing:
     """A size after a picture: of a table, the one of the nearest aspect."""
@@ -157,6 +178,8 @@ class Schema:
     inputs: tuple[Input, ...]
     model: str = ""
     """The model that speaks it, where that has another name."""
+    models: Mapping[str, str] = field(default_factory=dict[str, str])
+    """What the input `model` may say -> the model that then draws, the default first; empty without such an input."""
     controlnets: Mapping[str, str] = field(default_factory=dict[str, str])
     """Kind of control picture -> the ControlNet that is published with it."""
     redux: str | None = None
@@ -171,6 +194,12 @@ class Schema:
     """Inputs that may be left out by the declaration, and without which there is nothing to do -> why."""
     sizes_without_image: tuple[str, ...] = ()
     """Inputs for the size that count for nothing where a prediction starts from a picture alone: it has its size."""
+    with_mask_too: bool = False
+    """Whether they also count for nothing where there is a mask beside it."""
+    loras: tuple[Stacked, ...] = ()
+    """In the order in which they count."""
+    bare: Literal["huggingface", "replicate"] = "replicate"
+    """Where a LoRA is looked up that is named OWNER/NAME."""
     sizing: Sizing | None = None
     steering: tuple[Steering, ...] = ()
     single: bool = False
@@ -199,7 +228,8 @@ class Schema:
             try:
                 values[one.name] = one.check(value)
             except ValueError as error:
-                problems[one.name] = f"{error}, not {_shown(value)}"
+                shown = "(a secret)" if one.type == "secret" else _shown(value)
+                problems[one.name] = f"{error}, not {shown}"
         known = {one.name for one in self.inputs}
         for name in given:
             if name not in known:

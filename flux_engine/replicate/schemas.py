@@ -10,12 +10,15 @@ from flux_engine.replicate.flux import (
     FLUX_CANNY_DEV,
     FLUX_DEPTH_DEV,
     FLUX_DEV,
+    FLUX_DEV_LORA,
     FLUX_FILL_DEV,
+    FLUX_FINETUNE,
     FLUX_KONTEXT_DEV,
     FLUX_KREA_DEV,
     FLUX_REDUX_DEV,
     FLUX_REDUX_SCHNELL,
     FLUX_SCHNELL,
+    FLUX_SCHNELL_LORA,
 )
 from flux_engine.replicate.schema import Schema
 from flux_engine.replicate.sdxl import SDXL, SDXL_CONTROLNET, SDXL_MULTI_CONTROLNET
@@ -27,6 +30,9 @@ SCHEMAS: Mapping[str, Schema] = MappingProxyType(
             FLUX_SCHNELL,
             FLUX_DEV,
             FLUX_KREA_DEV,
+            FLUX_SCHNELL_LORA,
+            FLUX_DEV_LORA,
+            FLUX_FINETUNE,
             FLUX_FILL_DEV,
             FLUX_CANNY_DEV,
             FLUX_DEPTH_DEV,

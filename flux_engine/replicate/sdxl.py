@@ -16,7 +16,7 @@ from flux_engine.replicate.inputs import (
     SEED,
     STEPS,
 )
-from flux_engine.replicate.schema import Input, Schema, Sizing, Steering
+from flux_engine.replicate.schema import Input, Schema, Sizing, Stacked, Steering
 
 SDXL_PROMPT = replace(PROMPT, required=False, default="An astronaut riding a rainbow unicorn")
 NEGATIVE_PROMPT = Input(
@@ -76,6 +76,7 @@ SDXL = Schema(
     name="sdxl",
     title="SDXL",
     refiner="sdxl-refiner",
+    loras=(Stacked("replicate_weights", "lora_scale"),),
     sizes_without_image=("width", "height"),
     inputs=(
         SDXL_PROMPT,
@@ -184,6 +185,7 @@ SDXL_MULTI_CONTROLNET = Schema(
     title="SDXL with up to three ControlNets",
     model="sdxl",
     refiner="sdxl-refiner",
+    loras=(Stacked("lora_weights", "lora_scale"),),
     controlnets={
         "canny": "sdxl-controlnet-canny",
         "depth": "sdxl-controlnet-depth-small",
