@@ -46,6 +46,8 @@ def build_condition(job: Job, family: Family[Any]) -> Condition:
         net = next(net for net in family.controlnets if one.kind in net.kinds)
         embedded = family.hint_of(net, pixels(made))
         hints.append(Hint(net, embedded, net.spec.kinds[one.kind], one.scale, one.start, one.end))
+    if spec.widened and spec.reads == "nothing":
+        channels = torch.zeros(1, spec.vae.latent_channels, *job.latent_size, device=family.net.device)
     return Condition(
         latent=latent,
         mask=mask,

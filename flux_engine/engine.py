@@ -25,7 +25,7 @@ from flux_engine.families.load import load_family, sized
 from flux_engine.families.sdxl import SDXLFamily
 from flux_engine.inputs.loras import LoRA, checked_loras
 from flux_engine.lora.finding import Found, Named, finder
-from flux_engine.lora.modes import Mode
+from flux_engine.lora.modes import Mode, widened_for
 from flux_engine.lora.state import Loras, networks_of
 from flux_engine.memory import memory_errors
 from flux_engine.pipeline import OnStep, Pipeline, check_cancelled
@@ -113,7 +113,7 @@ def load(
     nets = find_controlnets(controlnets, found.spec, config, offline=offline)
     _check_redux(redux, found.spec)
     adapter = None if redux is None else find_redux(redux, config, offline=offline)
-    spec = sized(found.spec, found.parts)
+    spec = widened_for(checked_loras(loras), sized(found.spec, found.parts))
     beside = [*(path for _, path in nets), *([refining.parts["unet"]] if refining else [])]
     beside += [adapter[name] for name in ("adapter", "image_encoder")] if adapter else []
     placing = decide(spec, config, target, compute, saved=saved, beside=beside)

@@ -65,6 +65,8 @@ class ModelSpec:
     reads: Reads = "nothing"
     structure: str = ""
     """Which control picture it is, where the network reads one: "canny", "depth"."""
+    widened: bool = False
+    """Whether its first layer has columns of zeros, for a LoRA that has it read a control picture beside the latent."""
     controlnets: tuple[ControlNetSpec, ...] = ()
     """Those that were loaded with it."""
 

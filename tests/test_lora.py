@@ -765,3 +765,70 @@ def test_where_an_owner_and_a_name_are_looked_up_is_said(capsys: pytest.CaptureF
     save_file({"a.lora_A.weight": torch.zeros(1, 1)}, tmp_path / "a.safetensors")
     assert main(["lora", "resolve", str(tmp_path / "a.safetensors")]) == 0
     assert str(tmp_path / "a.safetensors") in capsys.readouterr().out
+
+
+def control_lora(model: Model, rank: int = 4) -> dict[str, Tensor]:
+    """As Black Forest Labs has FLUX.1 Canny as a LoRA: biases, norms instead of the model's, an img_in twice as wide."""
+    net, generator = model.net, torch.Generator().manual_seed(5)
+    tensors: dict[str, Tensor] = {}
+    for name in ("img_in", "double_blocks.0.img_attn.qkv", "single_blocks.1.linear2", "final_layer.linear"):
+        n, k = net.get_submodule(name).weight.shape
+        k *= 2 if name == "img_in" else 1
+        tensors[f"{name}.lora_A.weight"] = torch.randn(rank, k, generator=generator) * 0.2
+        tensors[f"{name}.lora_B.weight"] = torch.randn(n, rank, generator=generator) * 0.2
+        tensors[f"{name}.lora_B.bias"] = torch.randn(n, generator=generator) * 0.1
+    for name in ("query_norm", "key_norm"):
+        tensors[f"double_blocks.1.txt_attn.norm.{name}.scale"] = torch.rand(64, generator=generator) + 0.5
+    return tensors
+
+
+def test_a_control_lora_widens_the_first_layer(flux: Model, tmp_path: Path) -> None:
+    tensors, path = control_lora(flux), tmp_path / "flux1-canny-dev-lora.safetensors"
+    save_file(tensors, path)
+    with pytest.raises(InvalidRequest, match="widened for that when it is loaded"):
+        flux.engine.lora.set([path])
+    assert flux.unchanged()
+
+    engine = flux_engine.load("demo-dev", dtype="float32", device="cpu", loras=[path])
+    net: Any = engine._pipeline.family.net
+    base = flux.net.state_dict()
+    for name in {name.split(".lora_")[0] for name in tensors if ".lora_" in name}:
+        wanted = base[f"{name}.weight"]
+        if name == "img_in":
+            wanted = torch.cat((wanted, torch.zeros_like(wanted)), dim=1)
+        wanted = wanted + tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
+        assert torch.allclose(net.get_submodule(name).weight, wanted, atol=1e-6), name
+        assert torch.allclose(net.get_submodule(name).bias, base[f"{name}.bias"] + tensors[f"{name}.lora_B.bias"])
+    norm = "double_blocks.1.txt_attn.norm.query_norm.scale"
+    assert torch.equal(net.get_parameter(norm), tensors[norm])
+
+    spec = engine.spec
+    assert (spec.reads, spec.structure, spec.guidance_scale, spec.controls) == ("structure", "canny", 30.0, ("canny",))
+    edges, other = Image.new("RGB", (64, 64)), Image.new("RGB", (64, 64), "white")
+    edges.paste("white", (16, 16, 48, 48))
+    small: dict[str, Any] = {"seed": 0, "num_inference_steps": 2, "width": 64, "height": 64, "output_type": "latent"}
+
+    def latent(**fields: Any) -> Tensor:
+        return engine("a red circle", **small | fields).image
+
+    drawn = [latent(control=flux_engine.Control(kind="canny", image=each, preprocess=False)) for each in (edges, other)]
+    assert (drawn[0] - drawn[1]).abs().max() > 1e-2, "the control picture is not read"
+    with pytest.raises(InvalidRequest, match="control"):
+        latent()
+    engine.lora.clear()
+    assert engine.spec.controls == ()
+    assert torch.allclose(latent(), flux.engine("a red circle", **small).image, atol=1e-4)
+    with pytest.raises(InvalidRequest, match="control"):
+        latent(control=flux_engine.Control(kind="canny", image=edges, preprocess=False))
+    again = latent(loras=[path], control=flux_engine.Control(kind="canny", image=edges, preprocess=False))
+    assert torch.equal(again, drawn[0])
+
+
+def test_norms_by_diffusers_names(flux: Model) -> None:
+    scales = {"transformer.transformer_blocks.0.attn.norm_q.weight": torch.full((64,), 0.5),
+              "transformer.single_transformer_blocks.2.attn.norm_k.weight": torch.full((64,), 2.0)}  # fmt: skip
+    flux.engine.lora.set([flux.file(scales)])
+    assert (flux.net.double_blocks[0].img_attn.norm.query_norm.scale == 0.5).all()
+    assert (flux.net.single_blocks[2].norm.key_norm.scale == 2.0).all()
+    flux.engine.lora.clear()
+    assert flux.unchanged()

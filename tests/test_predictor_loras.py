@@ -305,7 +305,7 @@ def test_tokens_that_come_with_a_lora_are_learned_with_it(tmp_path: Path) -> Non
             "height": 128,
             "output_type": "latent",
         }
-        return engine(prompt, **asked | fields).image
+        return engine(prompt, output_type="latent", **asked | fields).image
 
     plain, unknown = latent("a red circle"), latent("a TOK circle")
     engine.lora.set([tar])

@@ -72,10 +72,10 @@ def _theirs(ours: str, table: Table) -> tuple[Entry | None, list[str]]:
 
 def renamed(stems: Iterable[str], table: Table) -> Iterator[tuple[str, Entry, list[str]]]:
     """Our names, each without `.weight` -> the entry that matches and what the other layout calls it; entries that
-    read only a part of theirs, or that have a last name part of their own, are left out."""
+    read only a part of theirs are left out."""
     alike: dict[str, list[Entry]] = {}
     for entry in table:
-        if entry.ours and not entry.part and not entry.leaf:
+        if entry.ours and not entry.part:
             alike.setdefault(_alike(entry.ours), []).append(entry)
     for stem in stems:
         for entry in alike.get(_alike(stem), ()):

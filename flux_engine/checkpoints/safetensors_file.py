@@ -85,6 +85,10 @@ class SafetensorsFile:
             os.close(self._fd)
             self._fd = -1
 
+    def __deepcopy__(self, _: object) -> SafetensorsFile:
+        """The same: two would close one descriptor twice, and the second time it may be another's."""
+        return self
+
     def __del__(self) -> None:
         if hasattr(self, "_fd"):
             self.close()

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flux_engine.checkpoints.folders import files_of
@@ -52,6 +53,8 @@ class Recipe:
     """As it is stored; of numbers with a scale float32."""
     transposed: bool = False
     """The one piece is a matrix stored the other way round."""
+    widened: int = 0
+    """How many columns of zeros stand behind those of a matrix that are stored."""
 
     @property
     def stored(self) -> str:
@@ -139,6 +142,12 @@ class WeightSource:
         kept = {name.removeprefix(prefix): r for name, r in self.recipes.items() if name.startswith(prefix)}
         return replace(self, recipes=kept, spell=lambda name: self.spell(prefix + name))
 
+    def widened(self, name: str, columns: int) -> WeightSource:
+        """The same, with columns of zeros behind those of one matrix, so that it has so many."""
+        recipe = self.recipes[name]
+        wider = replace(recipe, shape=(recipe.shape[0], columns), widened=columns - recipe.shape[1])
+        return replace(self, recipes={**self.recipes, name: wider})
+
     def rows(
         self,
         name: str,
@@ -165,6 +174,9 @@ class WeightSource:
             return _whole(recipe, dtype or recipe.dtype, own)[start:stop]
         if (start, stop) != (0, count):
             recipe = recipe.rows(start, stop)
+        if recipe.widened:
+            stored = replace(recipe, shape=(recipe.shape[0], recipe.shape[1] - recipe.widened), widened=0)
+            return F.pad(_whole(stored, dtype or recipe.dtype, own), (0, recipe.widened))
         return _whole(recipe, dtype or recipe.dtype, own)
 
 

@@ -73,6 +73,8 @@ def load_transformer(spec: FluxSpec, file: Path, place: Place) -> tuple[Flux, Pr
     """Raises WeightsError if it is not as `spec` says."""
     with opened(file, keep=True) as whole:
         source, treat = pick(whole, "flux"), treatment("flux", place.quantization)
+        if spec.widened:
+            source = source.widened("img_in.weight", spec.transformer.in_channels)
         net = load_parts(lambda: Flux(spec.transformer), source, place, parts_of(Flux), treat=treat, keep=True)
     return net, Precompute(net, place)
 

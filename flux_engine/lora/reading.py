@@ -111,6 +111,8 @@ def read_lora(path: Path, names: Names, networks: Mapping[str, nn.Module], *, st
             shapes = {name: tuple(p.shape) for name, p in networks[target.part].named_parameters()}
             for leaf, change in _changes(path, target, parts, tensors, alphas):
                 parameter = _dotted(target.name, leaf)
+                if leaf == "weight" and parameter not in shapes:  # of a norm, as diffusers calls it
+                    parameter = _dotted(target.name, "scale")
                 where = next(iter(parts.values()))
                 if parameter not in shapes:
                     raise WeightsError(f"{path}: {where} changes {parameter}, which this model's {target.part} lacks")

@@ -23,7 +23,7 @@ from flux_engine.inputs.loras import LoRA, checked_loras
 from flux_engine.lora import side
 from flux_engine.lora.changes import Change
 from flux_engine.lora.finding import Found, Named
-from flux_engine.lora.modes import Mode, mode_of
+from flux_engine.lora.modes import Mode, mode_among
 from flux_engine.lora.names import PREFIXES, Names
 from flux_engine.lora.reading import Prepared, read_lora
 from flux_engine.memory import Loaded
@@ -143,16 +143,11 @@ class Loras:
         return self._read
 
     def mode_of(self, loras: Sequence[LoRA]) -> Mode | None:
-        """What one of them sets for requests. Raises InvalidRequest for two that do, or one of another family."""
-        modes = [
-            (lora, mode)
-            for lora in loras
-            if lora.scale and (mode := mode_of(lora.mode, str(lora.path), self._spec())) is not None
-        ]
-        if len({mode for _, mode in modes}) > 1:
-            told = " and ".join(f"{lora.path} ({mode.name}, {mode.steps} steps)" for lora, mode in modes)
-            raise InvalidRequest(f"only one LoRA sets the steps: {told}. Say mode=None for the others", field="loras")
-        return modes[0][1] if modes else None
+        """What one of them sets for requests. Raises InvalidRequest for two that do, or one that this model cannot."""
+        mode = mode_among(loras, self._spec())
+        if mode:
+            mode.of(self._spec())
+        return mode
 
     def find(self, loras: tuple[LoRA, ...], *, strict: bool, how: How = "auto") -> Chosen:
         """Their files, fetched if they are not here: that may take long, so it is done before it is one's turn.

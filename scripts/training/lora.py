@@ -139,7 +139,7 @@ class Pictures:
         """`see` has pictures drawn at half the scale as well: how a network takes half of a change is not half of how
         it takes the whole, unless it learns that."""
         self.encode, self.batch = subject.encode, args.batch
-        self.guidance = MODELS[subject.model].guidance_scale or 1.0
+        self.guidance = 1.0 if subject.model == "demo-dev" else MODELS[subject.model].guidance_scale or 1.0
         self.scales = (1.0, 0.5) if see else (1.0,)
         self.pools: dict[tuple[int, int], tuple[list[Scene], dict[float, Tensor], Tensor]] = {}
         with torch.no_grad():
