@@ -31,8 +31,9 @@ from flux_engine.inputs import Control
 from flux_engine.request import Request
 
 if TYPE_CHECKING:
-    from flux_engine.engine import Engine, load
+    from flux_engine.engine import Engine
     from flux_engine.inputs.loras import LoRA
+    from flux_engine.loading import load
     from flux_engine.predictor import Predictor
     from flux_engine.result import Result
     from flux_engine.saving import quantize
@@ -67,7 +68,7 @@ _HEAVY = {
     "LoRA": "flux_engine.inputs.loras",
     "Predictor": "flux_engine.predictor",
     "Result": "flux_engine.result",
-    "load": "flux_engine.engine",
+    "load": "flux_engine.loading",
     "quantize": "flux_engine.saving",
 }
 """Names whose modules need torch: imported when first asked for."""

@@ -768,7 +768,7 @@ def test_where_an_owner_and_a_name_are_looked_up_is_said(capsys: pytest.CaptureF
 
 
 def control_lora(model: Model, rank: int = 4) -> dict[str, Tensor]:
-    """As Black Forest Labs has FLUX.1 Canny as a LoRA: biases, norms instead of the model's, an img_in twice as wide."""
+    """As Black Forest Labs has FLUX.1 Canny as a LoRA: biases, norms in the place of others, img_in twice as wide."""
     net, generator = model.net, torch.Generator().manual_seed(5)
     tensors: dict[str, Tensor] = {}
     for name in ("img_in", "double_blocks.0.img_attn.qkv", "single_blocks.1.linear2", "final_layer.linear"):

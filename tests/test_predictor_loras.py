@@ -303,7 +303,6 @@ def test_tokens_that_come_with_a_lora_are_learned_with_it(tmp_path: Path) -> Non
             "num_inference_steps": 2,
             "width": 128,
             "height": 128,
-            "output_type": "latent",
         }
         return engine(prompt, output_type="latent", **asked | fields).image
 

@@ -54,6 +54,7 @@ EXTRA_LORA = [("extra_lora", "string", None), ("extra_lora_scale", "number", 1, 
 PUBLISHED: dict[str, list[tuple[Any, ...]]] = {  # name, type, default, then the choices or the limits
     "flux-schnell": SCHNELL,
     "flux-dev": DEV,
+    "flux-krea-dev": DEV,
     "flux-schnell-lora": [*SCHNELL[:-1], *LORA, SCHNELL[-1]],
     "flux-dev-lora": [
         *DEV[:-1],
@@ -85,7 +86,6 @@ PUBLISHED: dict[str, list[tuple[Any, ...]]] = {  # name, type, default, then the
         ("lora_scale", "number", 1, -1, 3),
         *EXTRA_LORA,
     ],
-    "flux-krea-dev": DEV,
     "flux-fill-dev": [
         ("prompt", "string", REQUIRED),
         ("image", "uri", REQUIRED),

@@ -58,6 +58,7 @@ LEVELS = {
     "conditions": 4.1,
     "pipeline": 5,
     "engine": 6,
+    "loading": 6.1,
     "replicate": 7,
     "predictor": 7.1,
     "cli": 8,

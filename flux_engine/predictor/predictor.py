@@ -19,9 +19,10 @@ from flux_engine import files, hub, images
 from flux_engine.addons import ControlNets, Named, controlnet_specs
 from flux_engine.assemble import find_model
 from flux_engine.config import EngineConfig
-from flux_engine.engine import Engine, load
+from flux_engine.engine import Engine
 from flux_engine.errors import InvalidRequest, OutputError
 from flux_engine.inputs.loras import LoRA
+from flux_engine.loading import load
 from flux_engine.lora.finding import finder, refer
 from flux_engine.pipeline import Step
 from flux_engine.plan import said

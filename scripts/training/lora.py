@@ -40,6 +40,8 @@ SIZES = {(256, 256): 0.5, (128, 128): 0.25, (304, 208): 0.125, (208, 304): 0.125
 FOLDER = ROOT / "weights" / "demo" / "loras"
 LCM_TIMES = [1.0, 0.75, 0.5, 0.25, 0.0]
 """About the noise levels that a sampler stops at, in the share of noise."""
+UNCAPTIONED = 0.15
+"""Share of the pictures of demo-sdxl without a caption: guidance would take a style away that only captions bring."""
 STRIDE = 0.125
 """How far the teacher goes between two of the pupil's answers that are to be one."""
 
@@ -139,7 +141,10 @@ class Pictures:
         """`see` has pictures drawn at half the scale as well: how a network takes half of a change is not half of how
         it takes the whole, unless it learns that."""
         self.encode, self.batch = subject.encode, args.batch
-        self.guidance = 1.0 if subject.model == "demo-dev" else MODELS[subject.model].guidance_scale or 1.0
+        # With a guidance that is inside a network a LoRA would learn to undo it; that of demo-sdxl is outside.
+        outside = subject.model == "demo-sdxl"
+        self.guidance = (MODELS[subject.model].guidance_scale or 1.0) if outside else 1.0
+        self.uncaptioned = UNCAPTIONED if outside else 0.0
         self.scales = (1.0, 0.5) if see else (1.0,)
         self.pools: dict[tuple[int, int], tuple[list[Scene], dict[float, Tensor], Tensor]] = {}
         with torch.no_grad():
@@ -171,6 +176,10 @@ class Pictures:
         chosen = [scenes[i] for i in picks]
         common: dict[str, Any] = shown(chosen, encoded[scale][picks], boxes[picks], size, level, self.encode, rng)
         common["guidance"] = torch.full((len(picks),), self.guidance)
+        captioned = torch.tensor([rng.random() >= self.uncaptioned for _ in picks])
+        common["captioned"], common["settled"] = captioned, common["settled"] & captioned
+        common["tokens"] = torch.where(captioned[:, None, None], common["tokens"], self.nothing)
+        common["pooled"] = torch.where(captioned[:, None], common["pooled"], self.nothing_pooled)
         return Scaled(**common, scale=scale)
 
 

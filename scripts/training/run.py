@@ -24,6 +24,7 @@ SHIPPED = {
     "sdxl-vae": ("sdxl/vae", ""),
     "sdxl-text": ("sdxl/text_encoder_2/model", "clip_2."),
     "demo-schnell": ("flux/transformer/schnell", "flux."),
+    "demo-dev": ("demo-dev/transformer", "flux."),
 }
 """Run -> the file under weights/demo with all that is needed of it, and what the run's own names begin with."""
 
