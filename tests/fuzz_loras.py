@@ -1,13 +1,16 @@
-"""Set mutated LoRA files: only typed errors may come of it, the base stays as it was, within bounded memory and time.
+"""Set mutated LoRA files and tars: only typed errors may come of it, the base stays, within bounded memory and time.
 
 python tests/fuzz_loras.py 10000
 """
 
 from __future__ import annotations
 
+import io
+import os
 import random
 import resource
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -30,6 +33,7 @@ def main(count: int) -> None:
     from flux_engine import FluxEngineError
 
     folder = Path(tempfile.mkdtemp())
+    os.environ |= {"FLUX_ENGINE_CACHE": str(folder / "cache"), "FLUX_ENGINE_LORA_CACHE": "200MB"}
     models = [
         (Model("demo-dev", folder, dtype="bfloat16"), FLUX_FAMILIES),
         (Model("demo-schnell", folder, dtype="float32", quantization="int8"), FLUX_FAMILIES),
@@ -53,14 +57,20 @@ def main(count: int) -> None:
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     address = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (address + MEMORY, address + MEMORY))
-    read, refused = 0, 0
+    read, refused, tars = 0, 0, 0
     for number in range(count):
         model, tensors, metadata = rng.choice(seeds)
-        path = folder / "mutated.safetensors"
-        path.write_bytes(mutated(dict(tensors), dict(metadata), rng))
+        if rng.random() < 0.7:
+            path = folder / "mutated.safetensors"
+            path.write_bytes(mutated(dict(tensors), dict(metadata), rng))
+        else:
+            path = folder / "mutated.tar"
+            path.write_bytes(packed(dict(tensors), dict(metadata), model.engine.spec.name, rng))
+            tars += 1
         began = time.perf_counter()
         try:
-            model.engine.lora.set([path], strict=rng.random() < 0.5)
+            how = rng.choice(["auto", "merge", "side"])
+            model.engine.lora.set([path], strict=rng.random() < 0.5, how=how)
             read += 1
         except FluxEngineError as error:
             assert len(str(error)) < 2000, "a message nobody can read"
@@ -71,7 +81,9 @@ def main(count: int) -> None:
                 one.engine.lora.clear()
                 assert one.unchanged(), f"the base of {one.engine.spec.name} changed before file {number}"
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - used) / 2**20
-    sys.stdout.write(f"done: {count} files, {read} set, {refused} refused, {grown:.0f} MB more at most\n")
+    sys.stdout.write(
+        f"done: {count} files, {tars} of them tars, {read} set, {refused} refused, {grown:.0f} MB more at most\n"
+    )
 
 
 def mutated(tensors: dict[str, Tensor], metadata: dict[str, str], rng: random.Random) -> bytes:
@@ -112,6 +124,50 @@ def mutated(tensors: dict[str, Tensor], metadata: dict[str, str], rng: random.Ra
         case 1:
             for _ in range(rng.randint(1, 4)):
                 data[rng.randrange(min(len(data), 400))] = rng.randrange(256)
+        case _:
+            pass
+    return bytes(data)
+
+
+def packed(tensors: dict[str, Tensor], metadata: dict[str, str], model: str, rng: random.Random) -> bytes:
+    """As a trainer on Replicate leaves it, but for what is wrong with it."""
+    said = rng.choice(('{"TOK": "<s0><s1>"}', "[]", '{"TOK": 3}', "nonsense", '{"": "<s0>"}', '{"TOK": "<s9>"}'))
+    rows = [torch.zeros(2, width) for width in rng.choice(((64, 32), (64, 32), (64, 32), (32, 64), (0, 1)))]
+    pti = save({f"text_encoders_{i}": table for i, table in enumerate(rows)})
+    lora = mutated(tensors, metadata, rng) if rng.random() < 0.5 else save(
+        {name: t.clone().contiguous() for name, t in tensors.items()}, metadata
+    )  # fmt: skip
+    members = {"output/lora.safetensors": lora, "config.yaml": b"steps: 1000"}
+    if "sdxl" in model:
+        members |= {"embeddings.pti": mutated({}, {}, rng) if rng.random() < 0.2 else pti,
+                    "special_params.json": said.encode()}  # fmt: skip
+    match rng.randrange(10):
+        case 0:
+            members["unet.safetensors"] = lora
+        case 1:
+            members["../up.safetensors"] = lora
+        case 2:
+            del members["output/lora.safetensors"]
+        case _:
+            pass
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+        if rng.random() < 0.1:
+            member = tarfile.TarInfo(rng.choice(("link.safetensors", "lora.safetensors")))
+            member.type = rng.choice((tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.BLKTYPE))
+            member.linkname = "/etc/passwd"
+            tar.addfile(member)
+    data = bytearray(out.getvalue())
+    match rng.randrange(6):
+        case 0:
+            del data[rng.randrange(len(data)) :]
+        case 1:
+            for _ in range(rng.randint(1, 4)):
+                data[512 * rng.randrange(len(data) // 512) + rng.randrange(200)] = rng.randrange(256)
         case _:
             pass
     return bytes(data)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -38,6 +39,9 @@ MODELS: Mapping[str, ModelSpec] = {"demo-schnell": DEMO_SCHNELL, "demo-dev": DEM
 SIZES = {(256, 256): 0.5, (128, 128): 0.25, (304, 208): 0.125, (208, 304): 0.125}
 """Picture size -> share of the pictures."""
 FOLDER = ROOT / "weights" / "demo" / "loras"
+LAST_OF_FLUX = r"single_blocks\.[23]\.linear2|final_layer\.linear"
+LAST_OF_UNET = r"up_blocks\.2\..*|conv_out"
+"""What a style is learned in. Where changes stand one behind another, half of each is a quarter of what they do."""
 LCM_TIMES = [1.0, 0.75, 0.5, 0.25, 0.0]
 """About the noise levels that a sampler stops at, in the share of noise."""
 UNCAPTIONED = 0.15
@@ -81,24 +85,23 @@ class Subject:
     """How it goes from noise to a picture."""
 
 
-def adapted(net: nn.Module, rank: int, wanted: Callable[[str], bool]) -> nn.ModuleDict:
-    """Put pairs in the way of a frozen network's weights -> the pairs, by name with `/` for a dot."""
+def adapted(net: nn.Module, rank: int, wanted: str) -> nn.ModuleDict:
+    """Put pairs in the way of a frozen network's weights, those whose names match -> the pairs, by name with `/` for a
+    dot."""
     net.eval().requires_grad_(False)
     pairs: dict[str, nn.Module] = {}
     for name, module in list(net.named_modules()):
-        if isinstance(module, nn.Linear | nn.Conv2d) and wanted(name):
+        if isinstance(module, nn.Linear | nn.Conv2d) and re.fullmatch(wanted, name):
             pairs[name.replace(".", "/")] = pair = LowRank(module.weight, rank)
             parametrize.register_parametrization(module, "weight", pair)
     return nn.ModuleDict(pairs)
 
 
-def subject_of(model: str, rank: int) -> Subject:
+def subject_of(model: str, rank: int, last: bool) -> Subject:
+    """`last` has only the last layers learn."""
     if model == "demo-sdxl":
         traced = unet.Traced(unet.load_base())
-
-        def inside(name: str) -> bool:
-            return name.startswith(("down_blocks", "mid_block", "up_blocks"))
-
+        inside = LAST_OF_UNET if last else r"(down_blocks|mid_block|up_blocks)\..*"
         plans = [unet.walk(DEMO_SDXL, steps) for steps in (8, 25)]
         pairs = adapted(traced.unet, rank, inside)
         return Subject(model, traced.unet, traced.velocity, pairs, load_paired(), "sdxl-vae", plans)
@@ -106,7 +109,7 @@ def subject_of(model: str, rank: int) -> Subject:
     assert isinstance(spec, FluxSpec)
     net = Flux(spec.transformer)
     net.load_state_dict(read_average(model, "flux."))
-    pairs = adapted(net, rank, lambda name: "_blocks." in name and "mod" not in name)
+    pairs = adapted(net, rank, LAST_OF_FLUX if last else r"(double|single)_blocks\.(?!.*mod).*")
     plans = [evenly(steps) for steps in ((2, 4) if model == "demo-schnell" else (4, 8, 28))]
     return Subject(model, net, partial(predict, net), pairs, load_text(), "vae", plans)
 
@@ -185,7 +188,7 @@ class Pictures:
 
 def teach(name: str, args: argparse.Namespace, tell: Tell = as_it_is, see: See | None = None) -> None:
     """What pictures show that the network would draw otherwise."""
-    subject = begin(args)
+    subject = begin(args, last=see is not None)
     run = run_of(name, subject, args)
 
     def at_its_scale(x: Tensor, batch: Scaled) -> Tensor:
@@ -234,7 +237,7 @@ def train_lcm(args: argparse.Namespace) -> None:
     source = Pictures(subject, args)
     run = run_of("lcm", subject, args)
     average = unet.Traced(unet.load_base())
-    followers = adapted(average.unet, args.rank, lambda name: name.replace(".", "/") in subject.adapters)
+    followers = adapted(average.unet, args.rank, "|".join(re.escape(n.replace("/", ".")) for n in subject.adapters))
     walks = Renoised(source, [LCM_TIMES, [1.0, 0.5, 0.0]])  # pyright: ignore[reportArgumentType]
 
     def answer(velocity: Tensor, x: Tensor, batch: Batch) -> Tensor:
@@ -272,12 +275,12 @@ def train_lcm(args: argparse.Namespace) -> None:
 # Before and after
 
 
-def begin(args: argparse.Namespace) -> Subject:
+def begin(args: argparse.Namespace, *, last: bool = False) -> Subject:
     use_faster_operations()
     torch.manual_seed(11)
     if not (OUT / "clip").exists() or not (OUT / "t5").exists():
         make_tokenizers(argparse.Namespace(vocabulary=None))
-    return subject_of(args.model, args.rank)
+    return subject_of(args.model, args.rank, last)
 
 
 def run_of(name: str, subject: Subject, args: argparse.Namespace) -> Run:
