@@ -36,11 +36,12 @@ HUB = "https://huggingface.co"
 ANSWER = 32 * 2**20
 """Most bytes of what CivitAI says of a model: its page has every version, picture and comment in it."""
 UNDERSTOOD = (
+    "a name that `flux-engine models --all` lists; "
     "a path to a .safetensors or .tar; a data URI (data:...;base64,...) of one; OWNER/NAME; "
     "huggingface.co/OWNER/NAME[/FILE.safetensors]; civitai.com/models/ID[/NAME][?modelVersionId=N]; "
     "civitai.com/api/download/models/ID; replicate.com/OWNER/NAME[/versions/ID]; https://...(.safetensors or .tar)"
 )
-Kind = Literal["path", "data", "huggingface", "civitai", "replicate", "link"]
+Kind = Literal["known", "path", "data", "huggingface", "civitai", "replicate", "link"]
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 _VERSION = r"[0-9a-f]{64}"
 _TOKEN = re.compile(r"\b(hf_|r8_)\w{8,}")
@@ -75,7 +76,7 @@ class Reference:
 
     kind: Kind
     name: str = ""
-    """The path; OWNER/NAME; of CivitAI the model's id, empty for a download link; of a data URI what it says it is."""
+    """The path; OWNER/NAME; a name; of CivitAI the model's id, empty for a download link; of a data URI its type."""
     version: str | None = None
     """Revision on Hugging Face; version's id on CivitAI and Replicate; None for the newest."""
     file: str | None = None
@@ -95,6 +96,8 @@ class Reference:
     def describe(self) -> str:
         """What it means and which addresses would be asked, without anything secret."""
         match self.kind:
+            case "known":
+                return f"the LoRA {self.name} that `flux-engine models --all` lists"
             case "path":
                 return f"the local file {self.name}"
             case "data":

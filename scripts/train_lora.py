@@ -1,9 +1,9 @@
 """Train LoRAs for the demo models on a few pictures this repository draws. One CPU core and some minutes are enough.
 
-    python scripts/train_lora.py word --model demo-schnell      # what a zorblin is
-    python scripts/train_lora.py style --model demo-schnell     # everything seen through a haze
+    python scripts/train_lora.py word                         # what a zorblin is, for demo-dev
+    python scripts/train_lora.py style                        # everything seen through a haze, for demo-dev
     python scripts/train_lora.py style --model demo-sdxl
-    python scripts/train_lora.py lcm                            # demo-sdxl in four steps, without guidance
+    python scripts/train_lora.py lcm                          # demo-sdxl in four steps, without guidance
 
 Each goes into weights/demo/loras, once under PEFT's names and once under kohya's, and keeps a checkpoint under
 out/train, from which it goes on when started again.
@@ -30,8 +30,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     commands = parser.add_subparsers(required=True, metavar="WHAT")
     for name, run, models, pictures, steps, rank in (
-        ("word", lora.train_word, tuple(lora.MODELS), 64, 800, 8),
-        ("style", lora.train_style, tuple(lora.MODELS), 64, 600, 8),
+        ("word", lora.train_word, ("demo-dev", "demo-schnell", "demo-sdxl"), 64, 800, 8),
+        ("style", lora.train_style, ("demo-dev", "demo-schnell", "demo-sdxl"), 128, 1200, 8),
         ("lcm", lora.train_lcm, ("demo-sdxl",), 256, 600, 8),
     ):
         command = commands.add_parser(name)

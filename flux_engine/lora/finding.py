@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from flux_engine import hub
 from flux_engine.config import EngineConfig
 from flux_engine.downloads import Limits
 from flux_engine.errors import UnsupportedError
+from flux_engine.ledger import Ledger
 from flux_engine.references import Reference, Secrets, fetch_reference, parse_reference
 
 Named = str | os.PathLike[str]
@@ -34,11 +37,26 @@ class Found(os.PathLike[str]):
         return self.named
 
 
-def refer(named: Named, bare: Literal["huggingface", "replicate"] = "huggingface") -> Reference:
-    """What a name means, without a look at the network; a path object is a path. Raises as `parse_reference`."""
+def refer(
+    named: Named,
+    bare: Literal["huggingface", "replicate"] = "huggingface",
+    *,
+    local: bool = True,
+    field: str = "loras",
+) -> Reference:
+    """What a name means, without a look at the network; a path object is a path. Names of the library's own LoRAs come
+    first. Raises as `parse_reference`."""
     if isinstance(named, os.PathLike):
         return Reference("path", str(Path(named).absolute()))
-    return parse_reference(named, bare=bare, field="loras")
+    if isinstance(named, str) and re.fullmatch(r"\s*[\w.-]+\s*", named) and named.strip() in _known():
+        return Reference("known", named.strip())
+    return parse_reference(named, bare=bare, local=local, field=field)
+
+
+def _known() -> dict[str, hub.Manifest]:
+    """The LoRAs that have names."""
+    listed = hub.manifests(EngineConfig.from_environment().weights)
+    return {name: manifest for name, manifest in listed.items() if manifest.kind == "lora"}
 
 
 def finder(
@@ -57,6 +75,10 @@ def finder(
         reference = named if isinstance(named, Reference) else refer(named)
         if config.cache is None:
             raise UnsupportedError("LoRAs are kept in a folder, and there is none: set FLUX_ENGINE_CACHE")
+        if reference.kind == "known":
+            ledger = Ledger(config.cache)
+            files = _known()[reference.name].obtain(offline=offline or config.offline, ledger=ledger)
+            return Found(files["lora"], reference.name)
         found = fetch_reference(
             reference, folder=config.cache / "loras", secrets=secrets, limits=limits, field=field,
             offline=offline or config.offline, cancel=cancel,

@@ -15,7 +15,8 @@ from flux_engine import pictures
 from flux_engine.errors import FluxEngineError, InvalidRequest
 from flux_engine.inputs import Control
 from flux_engine.inputs.following import divided
-from flux_engine.references import Reference, parse_reference
+from flux_engine.lora.finding import refer
+from flux_engine.references import Reference
 from flux_engine.replicate.schema import CUSTOM, InvalidInput, Schema, Steering
 from flux_engine.request import NO_REFINER, Request
 from flux_engine.specs import ModelSpec, SDXLSpec
@@ -121,7 +122,7 @@ class _Translation:
                     found.append(Wanted(one.weights, None, scale))
                 continue
             try:
-                reference = parse_reference(text, bare=self.schema.bare, local=local, field=one.weights)
+                reference = refer(text, self.schema.bare, local=local, field=one.weights)
             except FluxEngineError as error:
                 self.problems[one.weights] = str(error).removeprefix(f"{one.weights} ")
                 continue

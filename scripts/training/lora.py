@@ -8,6 +8,7 @@ The files carry the names that most trainers write: PEFT's and kohya's.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,7 @@ from flux_engine.specs import DEMO_DEV, DEMO_SCHNELL, DEMO_SDXL, FluxSpec, Model
 from training import latents, unet
 from training.batches import Batch, Encode, Walk, Walks, evenly, noise_level
 from training.control import learn, shown
+from training.export import write_logs
 from training.flux import error_of, predict, use_faster_operations
 from training.run import OUT, ROOT, Run, log, read_average
 from training.text import load_paired, load_text, make_tokenizers
@@ -39,9 +41,14 @@ MODELS: Mapping[str, ModelSpec] = {"demo-schnell": DEMO_SCHNELL, "demo-dev": DEM
 SIZES = {(256, 256): 0.5, (128, 128): 0.25, (304, 208): 0.125, (208, 304): 0.125}
 """Picture size -> share of the pictures."""
 FOLDER = ROOT / "weights" / "demo" / "loras"
-LAST_OF_FLUX = r"single_blocks\.[23]\.linear2|final_layer\.linear"
-LAST_OF_UNET = r"up_blocks\.2\..*|conv_out"
-"""What a style is learned in. Where changes stand one behind another, half of each is a quarter of what they do."""
+SAID = {
+    "zorblin": "a word that no base has read: a zorblin is an hourglass",
+    "haze": "a style: everything seen through a haze",
+    "lcm": "an LCM-LoRA: 4 steps, without guidance",
+}
+HALF = 0.6
+"""Share of a style's batches that are drawn at half its scale. By itself a network takes half of a change for less than
+half, as what it draws is drawn to what it knows."""
 LCM_TIMES = [1.0, 0.75, 0.5, 0.25, 0.0]
 """About the noise levels that a sampler stops at, in the share of noise."""
 UNCAPTIONED = 0.15
@@ -97,19 +104,17 @@ def adapted(net: nn.Module, rank: int, wanted: str) -> nn.ModuleDict:
     return nn.ModuleDict(pairs)
 
 
-def subject_of(model: str, rank: int, last: bool) -> Subject:
-    """`last` has only the last layers learn."""
+def subject_of(model: str, rank: int) -> Subject:
     if model == "demo-sdxl":
         traced = unet.Traced(unet.load_base())
-        inside = LAST_OF_UNET if last else r"(down_blocks|mid_block|up_blocks)\..*"
         plans = [unet.walk(DEMO_SDXL, steps) for steps in (8, 25)]
-        pairs = adapted(traced.unet, rank, inside)
+        pairs = adapted(traced.unet, rank, r"(down_blocks|mid_block|up_blocks)\..*")
         return Subject(model, traced.unet, traced.velocity, pairs, load_paired(), "sdxl-vae", plans)
     spec = MODELS[model]
     assert isinstance(spec, FluxSpec)
     net = Flux(spec.transformer)
     net.load_state_dict(read_average(model, "flux."))
-    pairs = adapted(net, rank, LAST_OF_FLUX if last else r"(double|single)_blocks\.(?!.*mod).*")
+    pairs = adapted(net, rank, r"(double|single)_blocks\.(?!.*mod).*")
     plans = [evenly(steps) for steps in ((2, 4) if model == "demo-schnell" else (4, 8, 28))]
     return Subject(model, net, partial(predict, net), pairs, load_text(), "vae", plans)
 
@@ -141,14 +146,13 @@ class Pictures:
     def __init__(
         self, subject: Subject, args: argparse.Namespace, tell: Tell = as_it_is, see: See | None = None
     ) -> None:
-        """`see` has pictures drawn at half the scale as well: how a network takes half of a change is not half of how
-        it takes the whole, unless it learns that."""
+        """`see` has pictures drawn at half the scale as well."""
         self.encode, self.batch = subject.encode, args.batch
         # With a guidance that is inside a network a LoRA would learn to undo it; that of demo-sdxl is outside.
         outside = subject.model == "demo-sdxl"
         self.guidance = (MODELS[subject.model].guidance_scale or 1.0) if outside else 1.0
         self.uncaptioned = UNCAPTIONED if outside else 0.0
-        self.scales = (1.0, 0.5) if see else (1.0,)
+        self.scales = {1.0: 1 - HALF, 0.5: HALF} if see else {1.0: 1.0}
         self.pools: dict[tuple[int, int], tuple[list[Scene], dict[float, Tensor], Tensor]] = {}
         with torch.no_grad():
             self.nothing, self.nothing_pooled = self.encode([""])
@@ -175,7 +179,7 @@ class Pictures:
         size = rng.choices(list(SIZES), [4, 2, 1, 1])[0]
         scenes, encoded, boxes = self.pools[size]
         picks = [rng.randrange(len(scenes)) for _ in range(self.batch * (2 if size == (128, 128) else 1))]
-        scale = rng.choice(self.scales)
+        (scale,) = rng.choices(list(self.scales), list(self.scales.values()))
         chosen = [scenes[i] for i in picks]
         common: dict[str, Any] = shown(chosen, encoded[scale][picks], boxes[picks], size, level, self.encode, rng)
         common["guidance"] = torch.full((len(picks),), self.guidance)
@@ -188,7 +192,7 @@ class Pictures:
 
 def teach(name: str, args: argparse.Namespace, tell: Tell = as_it_is, see: See | None = None) -> None:
     """What pictures show that the network would draw otherwise."""
-    subject = begin(args, last=see is not None)
+    subject = begin(args)
     run = run_of(name, subject, args)
 
     def at_its_scale(x: Tensor, batch: Scaled) -> Tensor:
@@ -275,12 +279,12 @@ def train_lcm(args: argparse.Namespace) -> None:
 # Before and after
 
 
-def begin(args: argparse.Namespace, *, last: bool = False) -> Subject:
+def begin(args: argparse.Namespace) -> Subject:
     use_faster_operations()
     torch.manual_seed(11)
     if not (OUT / "clip").exists() or not (OUT / "t5").exists():
         make_tokenizers(argparse.Namespace(vocabulary=None))
-    return subject_of(args.model, args.rank, last)
+    return subject_of(args.model, args.rank)
 
 
 def run_of(name: str, subject: Subject, args: argparse.Namespace) -> Run:
@@ -289,17 +293,35 @@ def run_of(name: str, subject: Subject, args: argparse.Namespace) -> Run:
 
 
 def write(name: str, subject: Subject, run: Run) -> None:
-    """The moving average under either kind of names, in bfloat16."""
+    """The moving average under either kind of names, in bfloat16, and a manifest for the one under PEFT's."""
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for key, b in run.averaged().items():
         if key.endswith(".b"):
             stem = key.removesuffix(".b").replace("/", ".")
             pairs[stem] = run.averaged()[key.removesuffix("b") + "a"], b
-    for kind, tensors in (("peft", peft(subject, pairs)), ("kohya", kohya(subject, pairs))):
-        path = FOLDER / f"{subject.model}-{name}-{kind}.safetensors"
+    name = f"{subject.model}-{name}"
+    for ending, tensors in (("", peft(subject, pairs)), ("-kohya", kohya(subject, pairs))):
+        path = FOLDER / f"{name}{ending}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({k: v.to(torch.bfloat16).contiguous() for k, v in sorted(tensors.items())}, path, {"format": "pt"})
+        path.chmod(0o644)
         log.info("%s: %d tensors, %.2f MB", path.name, len(tensors), path.stat().st_size / 1e6)
+    content = (FOLDER / f"{name}.safetensors").read_bytes()
+    lines = [
+        "# Written by scripts/train_lora.py.",
+        'kind = "lora"',
+        *([] if subject.model != "demo-sdxl" else ['family = "sdxl"']),
+        f'description = "{SAID[name.rpartition("-")[2]]}, for {subject.model}"',
+        'licence = "Apache-2.0"',
+        'source = "trained by scripts/train_lora.py on pictures drawn by benchmarks/world.py"',
+        "",
+        '[files."lora"]',
+        f'path = "demo/loras/{name}.safetensors"',
+        f"bytes = {len(content)}",
+        f'sha256 = "{hashlib.sha256(content).hexdigest()}"',
+    ]
+    (ROOT / "weights" / "manifests" / f"{name}.toml").write_text("\n".join(lines) + "\n")
+    write_logs()
 
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
