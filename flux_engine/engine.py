@@ -168,13 +168,15 @@ class Engine:
             if job.spec != self._pipeline.family.spec:  # another thread has set other LoRAs
                 job = request.resolve(self._pipeline.family.spec)
             output = pipeline.run(job, on_step=on_step, cancel=cancel)
+            applied, notes = self.lora.applied, self.lora.notes
         return Result(
             images=[_convert(picture, job) for picture in output.pictures],
             job=job,
             timings=output.timings,
-            notes=(*job.notes, *_otherwise(job, pipeline.family.quantization), *self.lora.notes, *output.notes),
+            notes=(*job.notes, *_otherwise(job, pipeline.family.quantization), *notes, *output.notes),
             controls=output.maps,
             quantization=pipeline.family.quantization,
+            loras=applied,
             moved=output.moved,
         )
 

@@ -31,6 +31,8 @@ class Result:
     """The control pictures that the networks read, as the preprocessors made them."""
     quantization: str = "none"
     """The scheme that the network ran in."""
+    loras: tuple[tuple[str, float], ...] = ()
+    """What names each LoRA that was applied, and its scale."""
     moved: int = 0
     """Bytes of weights that came to the device for it."""
 
@@ -70,6 +72,8 @@ class Result:
             facts["Distilled CFG Scale"] = f"{job.guidance_scale:g}"
         if job.inputs.image is not None:
             facts["Denoising strength"] = f"{job.inputs.strength:g}"
+        if self.loras:
+            facts["LoRAs"] = '"' + ", ".join(f"{name}: {scale:g}" for name, scale in self.loras) + '"'
         facts |= {
             "Seed": job.seeds[index],
             "Size": f"{job.width}x{job.height}",

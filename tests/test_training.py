@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import randomise, relative_error
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from training import batches, flux, hints, run, unet, vae
+from training import batches, flux, hints, lora, run, unet, vae
 from training.export import WEIGHTS
 from training.latents import Pool, arrange, boxes_of, coverage_maps
 from transformers import CLIPTokenizer
 
+import flux_engine
 from benchmarks import world
 from benchmarks.world import Ground, Scene, Thing
 from flux_engine.families.flux import image_ids, unpatchify
@@ -211,3 +213,46 @@ def test_the_paired_encoders_read_what_the_family_reads(tmp_path: Path) -> None:
     first, second = (CLIPTokenizer.from_pretrained(folder) for folder in tokenizers)
     assert (first.pad_token, second.pad_token) == ("<|endoftext|>", "!")
     assert first("a red circle").input_ids == second("a red circle").input_ids
+
+
+def test_a_walk_of_few_steps_ends_at_the_picture_if_every_step_is_right() -> None:
+    batch = batch_of([True, True])
+    walks = lora.Renoised(None, [lora.LCM_TIMES])  # pyright: ignore[reportArgumentType]
+    walk = batches.Walk(batch, batch.noise, lora.LCM_TIMES)
+    walks.under_way = [walk]
+    for t in lora.LCM_TIMES[1:]:
+        before = walk.batch.noise
+        walks.go(walk, walk.batch.velocity(walk.x))
+        assert (walk.batch.t == t).all()
+        assert not torch.equal(walk.batch.noise, before)
+        assert torch.allclose(walk.x, (1 - t) * batch.x0 + t * walk.batch.noise, atol=1e-5)
+    assert not walks.under_way
+    assert torch.allclose(walk.x, batch.x0, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", ["demo-dev", "demo-sdxl"])
+def test_what_is_written_of_a_lora_is_what_was_trained(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under both kinds of names: joined and split linears, convolutions."""
+    monkeypatch.setattr(lora, "load_text", lambda: None)
+    monkeypatch.setattr(lora, "load_paired", lambda: None)
+    subject = lora.subject_of(model, 4)
+    generator = torch.Generator().manual_seed(0)
+    pairs: lora.Pairs = {}
+    for name, pair in subject.adapters.items():
+        assert isinstance(pair, lora.LowRank)
+        pair.b.data = torch.randn(pair.b.shape, generator=generator) * 0.1
+        pairs[name.replace("/", ".")] = pair.a.detach(), pair.b.detach()
+    assert any(subject.net.get_submodule(name).weight.ndim == 4 for name in pairs) == (model == "demo-sdxl")
+    engine = flux_engine.load(model, device="cpu", dtype="float32")
+    for kind, tensors in (("peft", lora.peft(subject, pairs)), ("kohya", lora.kohya(subject, pairs))):
+        path = tmp_path / f"{kind}.safetensors"
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)
+        engine.lora.set([path])
+        merged = engine._pipeline.family.net
+        for name in pairs:
+            trained = subject.net.get_submodule(name).weight
+            assert (merged.get_submodule(name).weight - trained).abs().max() <= 1e-5 * trained.abs().max(), name
+            base = subject.net.get_submodule(name).parametrizations.weight.original
+            assert (merged.get_submodule(name).weight - base).abs().max() > 5e-3 * trained.abs().max()

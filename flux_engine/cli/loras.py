@@ -19,7 +19,7 @@ def add(commands: Any) -> None:
     """Declare the commands."""
     lora = commands.add_parser("lora", help="LoRA files").add_subparsers(required=True, metavar="COMMAND")
     inspect = lora.add_parser("inspect", help="what a file is, and which models it was made for", allow_abbrev=False)
-    inspect.add_argument("path", type=Path, metavar="FILE")
+    inspect.add_argument("path", metavar="FILE", help="or what else names a LoRA, which is fetched")
     inspect.add_argument("--json", action="store_true")
     inspect.set_defaults(run=_inspect)
     resolve = lora.add_parser("resolve", help="the file that a reference leads to, fetched if need be")
@@ -42,9 +42,13 @@ def _resolve(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
+    from flux_engine.lora.finding import finder
     from flux_engine.lora.reading import inspect_lora
 
-    report = inspect_lora(args.path)
+    path = Path(args.path)
+    if path.suffix != ".safetensors" and not path.exists():
+        path = finder(EngineConfig.from_environment())(args.path).path
+    report = inspect_lora(path)
     if args.json:
         show(json.dumps(report))
         return

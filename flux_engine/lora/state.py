@@ -262,6 +262,13 @@ class Loras:
         self.set([])
 
     @property
+    def applied(self) -> tuple[tuple[str, float], ...]:
+        """What names each LoRA that is applied now, of a file its last part; and its scale."""
+        pairs = zip(self._applied.found, self._applied.loras, strict=True)
+        return tuple((Path(found.named).name if Path(found.named).is_absolute() else found.named, float(lora.scale))
+                     for found, lora in pairs)  # fmt: skip
+
+    @property
     def notes(self) -> list[str]:
         """What is to be said of LoRAs that are merged in part only, with every result."""
         return [
