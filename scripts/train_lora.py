@@ -30,8 +30,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     commands = parser.add_subparsers(required=True, metavar="WHAT")
     for name, run, models, pictures, steps, rank in (
-        ("word", lora.train_word, ("demo-dev", "demo-schnell", "demo-sdxl"), 64, 800, 8),
-        ("style", lora.train_style, ("demo-dev", "demo-schnell", "demo-sdxl"), 128, 1200, 8),
+        ("word", lora.train_word, ("demo-dev", "demo-schnell", "demo-sdxl"), 64, 1600, 8),
+        ("style", lora.train_style, ("demo-dev", "demo-schnell", "demo-sdxl"), 128, 600, 8),
         ("lcm", lora.train_lcm, ("demo-sdxl",), 256, 600, 8),
     ):
         command = commands.add_parser(name)

@@ -271,9 +271,7 @@ def test_loras_of_a_request_are_its_own(folder: Path) -> None:
 
 def test_a_mode_is_the_requests_own() -> None:
     engine = flux_engine.load("demo-sdxl", device="cpu", dtype="float32")
-    path = flux_engine.__path__[0]
-    lcm = Path(path).parent / "weights" / "demo" / "loras" / "demo-sdxl-lcm-peft.safetensors"
-    job = engine("a red circle", seed=0, width=128, height=128, loras=[lcm]).job
+    job = engine("a red circle", seed=0, width=128, height=128, loras=["demo-sdxl-lcm"]).job
     assert (job.num_inference_steps, job.scheduler, job.true_cfg_scale) == (4, "LCM", 1.0)
     assert engine.spec.num_inference_steps == 25
     job = engine("a red circle", seed=0, width=128, height=128, num_inference_steps=2).job

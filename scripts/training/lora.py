@@ -46,9 +46,6 @@ SAID = {
     "haze": "a style: everything seen through a haze",
     "lcm": "an LCM-LoRA: 4 steps, without guidance",
 }
-HALF = 0.6
-"""Share of a style's batches that are drawn at half its scale. By itself a network takes half of a change for less than
-half, as what it draws is drawn to what it knows."""
 LCM_TIMES = [1.0, 0.75, 0.5, 0.25, 0.0]
 """About the noise levels that a sampler stops at, in the share of noise."""
 UNCAPTIONED = 0.15
@@ -58,23 +55,15 @@ STRIDE = 0.125
 
 
 class LowRank(nn.Module):
-    """Adds scale B A to a weight."""
+    """Adds B A to a weight."""
 
     def __init__(self, weight: Tensor, rank: int) -> None:
         super().__init__()
         self.a = nn.Parameter(torch.randn(rank, weight[0].numel()) / weight[0].numel() ** 0.5)
         self.b = nn.Parameter(torch.zeros(weight.shape[0], rank))
-        self.scale = 1.0
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight + self.scale * (self.b @ self.a).view_as(weight)
-
-
-@dataclass
-class Scaled(Batch):
-    """A batch, and the scale at which a LoRA is to draw it."""
-
-    scale: float
+        return weight + (self.b @ self.a).view_as(weight)
 
 
 @dataclass(frozen=True)
@@ -136,24 +125,22 @@ def with_the_word(scene: Scene, rng: random.Random) -> Scene:
 
 Tell = Callable[[Scene, random.Random], Scene]
 """What is told of a scene of the world's."""
-See = Callable[[Image.Image, float], Image.Image]
-"""A picture that the world draws, a scale -> as a LoRA of that scale is to draw it."""
+See = Callable[[Image.Image], Image.Image]
+"""A picture that the world draws -> as it is to be drawn."""
 
 
 class Pictures:
     """A few pictures with their scenes: batches of them, whose captions are written anew."""
 
     def __init__(
-        self, subject: Subject, args: argparse.Namespace, tell: Tell = as_it_is, see: See | None = None
+        self, subject: Subject, args: argparse.Namespace, tell: Tell = as_it_is, see: See = lambda picture: picture
     ) -> None:
-        """`see` has pictures drawn at half the scale as well."""
         self.encode, self.batch = subject.encode, args.batch
         # With a guidance that is inside a network a LoRA would learn to undo it; that of demo-sdxl is outside.
         outside = subject.model == "demo-sdxl"
         self.guidance = (MODELS[subject.model].guidance_scale or 1.0) if outside else 1.0
         self.uncaptioned = UNCAPTIONED if outside else 0.0
-        self.scales = {1.0: 1 - HALF, 0.5: HALF} if see else {1.0: 1.0}
-        self.pools: dict[tuple[int, int], tuple[list[Scene], dict[float, Tensor], Tensor]] = {}
+        self.pools: dict[tuple[int, int], tuple[list[Scene], Tensor, Tensor]] = {}
         with torch.no_grad():
             self.nothing, self.nothing_pooled = self.encode([""])
         vae = load_vae(subject.vae)
@@ -165,43 +152,32 @@ class Pictures:
             for _ in range(max(round(share * args.pictures), 1)):
                 scene = tell(world.sample_scene(rng), rng)
                 settled, placed = latents.arrange(scene, "middle", *size, rng)
-                pictures.append(world.paint(settled.ground, placed, *size))
+                pictures.append(see(world.paint(settled.ground, placed, *size)))
                 scenes.append(scene)
                 boxes.append(latents.boxes_of(placed))
-            encoded: dict[float, Tensor] = {}
             with torch.inference_mode():
-                for scale in self.scales:
-                    seen = [see(picture, scale) if see else picture for picture in pictures]
-                    encoded[scale] = torch.cat([vae.encode(to_tensor([picture])) for picture in seen])
+                encoded = torch.cat([vae.encode(to_tensor([picture])) for picture in pictures])
             self.pools[size] = scenes, encoded, torch.tensor(boxes)
 
-    def draw(self, rng: random.Random, level: Callable[[random.Random], float], **_: Any) -> Scaled:
+    def draw(self, rng: random.Random, level: Callable[[random.Random], float], **_: Any) -> Batch:
         size = rng.choices(list(SIZES), [4, 2, 1, 1])[0]
         scenes, encoded, boxes = self.pools[size]
         picks = [rng.randrange(len(scenes)) for _ in range(self.batch * (2 if size == (128, 128) else 1))]
-        (scale,) = rng.choices(list(self.scales), list(self.scales.values()))
         chosen = [scenes[i] for i in picks]
-        common: dict[str, Any] = shown(chosen, encoded[scale][picks], boxes[picks], size, level, self.encode, rng)
+        common: dict[str, Any] = shown(chosen, encoded[picks], boxes[picks], size, level, self.encode, rng)
         common["guidance"] = torch.full((len(picks),), self.guidance)
         captioned = torch.tensor([rng.random() >= self.uncaptioned for _ in picks])
         common["captioned"], common["settled"] = captioned, common["settled"] & captioned
         common["tokens"] = torch.where(captioned[:, None, None], common["tokens"], self.nothing)
         common["pooled"] = torch.where(captioned[:, None], common["pooled"], self.nothing_pooled)
-        return Scaled(**common, scale=scale)
+        return Batch(**common)
 
 
-def teach(name: str, args: argparse.Namespace, tell: Tell = as_it_is, see: See | None = None) -> None:
+def teach(name: str, args: argparse.Namespace, **lessons: Any) -> None:
     """What pictures show that the network would draw otherwise."""
     subject = begin(args)
     run = run_of(name, subject, args)
-
-    def at_its_scale(x: Tensor, batch: Scaled) -> Tensor:
-        for pair in subject.adapters.values():
-            assert isinstance(pair, LowRank)
-            pair.scale = batch.scale
-        return subject.predict(x, batch)
-
-    learn(run, at_its_scale, Pictures(subject, args, tell, see), subject.plans)
+    learn(run, subject.predict, Pictures(subject, args, **lessons), subject.plans)
     write(name, subject, run)
 
 
@@ -210,7 +186,7 @@ def train_word(args: argparse.Namespace) -> None:
 
 
 def train_style(args: argparse.Namespace) -> None:
-    teach("haze", args, see=lambda picture, scale: world.veil(picture, scale * world.VEIL))
+    teach("haze", args, see=world.veil)
 
 
 # Few steps
