@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import struct
@@ -239,3 +240,25 @@ def test_a_published_model_is_taken_from_the_hubs_cache(tmp_path: Path, monkeypa
     vae.unlink()
     with pytest.raises(WeightsError, match="nothing is fetched offline"):
         flux_engine.load("small", offline=True)
+
+
+def test_copies_share_what_is_open(tmp_path: Path) -> None:
+    """Two would close one descriptor twice, and the second time it may be another file's."""
+    path = tmp_path / "a.safetensors"
+    save_file({"a": torch.arange(3.0)}, path)
+    with WeightSource.open(path) as source:
+        assert copy.deepcopy(source).files[0] is source.files[0]
+        assert torch.equal(copy.deepcopy(source).rows("a"), torch.arange(3.0))
+        assert torch.equal(source.rows("a"), torch.arange(3.0))
+
+
+def test_columns_of_zeros(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"a": torch.arange(6.0).reshape(3, 2)}, path)
+    with WeightSource.open(path) as source:
+        wide = source.widened("a", 5)
+        assert wide.shapes["a"] == (3, 5)
+        wanted = torch.cat((torch.arange(6.0).reshape(3, 2), torch.zeros(3, 3)), dim=1)
+        assert torch.equal(wide.rows("a"), wanted)
+        assert torch.equal(wide.rows("a", 1, 2, dtype=torch.bfloat16), wanted[1:2].bfloat16())
+        assert torch.equal(source.rows("a"), wanted[:, :2])

@@ -130,9 +130,9 @@ class Loras:
         that change are touched, in place. `how` is "merge", into the weights, or "side", beside them, which is set in a
         moment, costs two small products a linear with every step, and is for what is low-rank and changes a linear: the
         rest is merged. "auto" merges, but where that would round twice, a model that was saved in 8 bits, or there is
-        room beside (`reserve`). `strict` refuses a file with tensors that mean nothing to this model; else
-        they are left out and reported with every result. One that was made for few steps sets what requests have by
-        default, until it is unset (`LoRA.mode`). Returns what was read of each.
+        room beside (`reserve`). `strict` refuses a file with tensors that mean nothing to this model; else they are
+        left out and reported with every result. One that was made for few steps sets what requests have by default,
+        until it is unset (`LoRA.mode`). Tokens that come in a tar are learned with it. Returns what was read of each.
         Raises InvalidRequest, WeightsError for a file that cannot be had or used, or UnknownModel; then, as after
         anything that interrupts it, all is as it was.
         """
@@ -140,7 +140,7 @@ class Loras:
         with self._turn():
             self._apply(chosen)
             self._set = chosen
-        return self._read
+            return self._read
 
     def mode_of(self, loras: Sequence[LoRA]) -> Mode | None:
         """What one of them sets for requests. Raises InvalidRequest for two that do, or one that this model cannot."""
