@@ -319,6 +319,9 @@ def from_hub(
             if told.will_download and (told.file_size or 0) > limit:
                 raise WeightsError(f"{named} has {told.file_size:,} bytes; {limit:,} are fetched")
         path = Path(ask(repository, file, revision=revision, token=token, local_files_only=offline))
+        if file.endswith("adapter_model.safetensors"):  # PEFT's, whose alpha is in a file beside it
+            with suppress(Exception):
+                ask(repository, f"{file[:-17]}config.json", revision=revision, token=token, local_files_only=offline)
     check_weights(path, named)
     return path
 

@@ -832,3 +832,26 @@ def test_norms_by_diffusers_names(flux: Model) -> None:
     assert (flux.net.single_blocks[2].norm.key_norm.scale == 2.0).all()
     flux.engine.lora.clear()
     assert flux.unchanged()
+
+
+@pytest.mark.parametrize("said", [{"lora_alpha": 2, "r": 4}, {"lora_alpha": 1, "use_rslora": True},
+                                  {"lora_alpha": 99, "alpha_pattern": {"to_q": 2}}])  # fmt: skip
+def test_an_adapter_of_peft_says_its_alpha_beside(flux: Model, tmp_path: Path, said: dict[str, Any]) -> None:
+    made = modules(flux.base, ["transformer_blocks.0.attn.to_q"])
+    tensors, _ = files.peft("base_model.model.")({name: (a, b / (files.ALPHA / RANK)) for name, (a, b) in made.items()})
+    found: list[Tensor] = []
+    for name in ("adapter_model", "other"):
+        path = tmp_path / f"{name}.safetensors"
+        save_file(tensors, path)
+        (tmp_path / "adapter_config.json").write_text(json.dumps(said))
+        flux.engine.lora.set([path])
+        found.append(flux.weights()["transformer_blocks.0.attn.to_q.weight"])
+    flux.engine.lora.clear()
+    base = flux.base["transformer_blocks.0.attn.to_q.weight"]
+    assert torch.allclose(found[0] - base, (found[1] - base) / 2, atol=1e-6)
+    for text in ("{", "[]", '{"lora_alpha": "x"}'):
+        (tmp_path / "adapter_config.json").write_text(text)
+        save_file(tensors, tmp_path / "adapter_model.safetensors")  # else it is known already
+        flux.engine.lora.set([tmp_path / "adapter_model.safetensors"])
+        assert torch.equal(flux.weights()["transformer_blocks.0.attn.to_q.weight"], found[1])
+    flux.engine.lora.clear()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 import struct
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -247,8 +247,8 @@ def test_copies_share_what_is_open(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file({"a": torch.arange(3.0)}, path)
     with WeightSource.open(path) as source:
-        assert copy.deepcopy(source).files[0] is source.files[0]
-        assert torch.equal(copy.deepcopy(source).rows("a"), torch.arange(3.0))
+        assert deepcopy(source).files[0] is source.files[0]
+        assert torch.equal(deepcopy(source).rows("a"), torch.arange(3.0))
         assert torch.equal(source.rows("a"), torch.arange(3.0))
 
 

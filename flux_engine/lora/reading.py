@@ -19,6 +19,9 @@ from flux_engine.errors import WeightsError
 from flux_engine.lora.changes import Change, Hadamard, Kronecker, LowRank, Whole
 from flux_engine.lora.names import Names, Target, made_for
 
+ADAPTER_MODEL, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+"""As PEFT saves an adapter by itself."""
+MAX_CONFIG = 2**20
 SHOWN = 6
 """How many names an error lists."""
 SLOTS: Sequence[tuple[str, str]] = (
@@ -103,7 +106,7 @@ def read_lora(path: Path, names: Names, networks: Mapping[str, nn.Module], *, st
                 f"{path}: {len(unknown)} tensors mean nothing to this model: {_some(unknown)}. strict=False leaves "
                 "them out"
             )
-        alphas = _alphas(source.metadata)
+        alphas = _alphas(source.metadata, path)
         changes: dict[tuple[str, str], list[Change]] = {}
         ranks: set[int] = set()
         for target, parts in found.items():
@@ -251,14 +254,13 @@ def _one_or_two(
     raise WeightsError(f"{path}: {name} is a part of a LoKr of which others are missing or too many")
 
 
-def _alphas(metadata: Mapping[str, str]) -> Callable[[str, int], float]:
-    """A name and its rank -> alpha, where no tensor says it: the rank itself, unless PEFT's config in the header
-    (diffusers' `lora_adapter_metadata`) says otherwise."""
-    try:
-        said = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except (ValueError, RecursionError):
-        said = {}
-    said = said if isinstance(said, dict) else {}
+def _alphas(metadata: Mapping[str, str], path: Path) -> Callable[[str, int], float]:
+    """A name and its rank -> alpha, where no tensor says it: the rank itself, unless PEFT's config says otherwise, in
+    the header (diffusers' `lora_adapter_metadata`) or beside the file."""
+    said = _object(metadata.get("lora_adapter_metadata", "{}"))
+    beside = path.with_name(ADAPTER_CONFIG)
+    if path.name == ADAPTER_MODEL and beside.is_file() and beside.stat().st_size < MAX_CONFIG:
+        said |= {f"base_model.{name}": value for name, value in _object(beside.read_bytes()).items()}
 
     def alpha(name: str, rank: int) -> float:
         prefix, _, rest = name.partition(".")
@@ -273,6 +275,15 @@ def _alphas(metadata: Mapping[str, str]) -> Callable[[str, int], float]:
         return value * rank**0.5 if said.get(f"{dot}use_rslora") is True else float(value)
 
     return alpha
+
+
+def _object(text: str | bytes) -> dict[str, Any]:
+    """A JSON object; an empty one for anything else."""
+    try:
+        said = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return said if isinstance(said, dict) else {}
 
 
 def _kind(names: Sequence[str], slots: set[str], ranks: set[int]) -> str:
