@@ -100,6 +100,8 @@ class Loaded:
     net: nn.Module
     filling: Filling
     shelves: Sequence[Shelf]
+    grow: Callable[[int], None]
+    """Told of bytes that it takes more than its weights, or fewer."""
 
     def refresh(self, name: str) -> None:
         """Read a parameter anew, with what is merged in it, into the memory where it is."""
@@ -144,6 +146,10 @@ class Residents:
         """A part has one for each network that is in it."""
         self._shelves.setdefault(part, []).append(shelf)
         self._room.sizes[part] = sum(each.bytes for each in self._shelves[part])
+
+    def grow(self, more: int) -> None:
+        """So many bytes more, or fewer, stay whatever leaves."""
+        self._room.always += more
 
     def settle(self) -> None:
         """Wait for what is on its way, and send it back."""
@@ -321,7 +327,7 @@ def load_parts(
             shelves.append(shelf)
             left |= set(names)
     if keep:
-        place.residents.loaded.append(Loaded(net, filling, shelves))
+        place.residents.loaded.append(Loaded(net, filling, shelves, place.residents.grow))
     return fill(net, filling, tied, left)
 
 

@@ -27,12 +27,19 @@ REQUEST: dict[str, Any] = {
 }  # fmt: skip
 
 
+def kept(model: Model) -> int:
+    """Bytes that stay whatever leaves."""
+    return model.engine._pipeline.family.residents._room.always
+
+
 @pytest.fixture
 def model(request: pytest.FixtureRequest) -> Iterator[Model]:
     found: Model = request.getfixturevalue(request.param)
+    before = kept(found)
     yield found
     found.engine.lora.clear()
     found.engine.lora.reserve(0)
+    assert kept(found) == before
     assert found.unchanged(), "the base did not come back"
     assert not branches(found.net)
 
@@ -134,10 +141,11 @@ def test_what_was_saved_in_8_bits_is_not_rounded_again(scheme: str, tmp_path: Pa
 @pytest.mark.parametrize("model", ["flux", "flux_int8"], indirect=True)
 def test_room_that_is_reserved_stays_where_it_is(model: Model) -> None:
     engine, base = model.engine, latent(model.engine)
-    eight = engine.describe()["quantization"] != "none"
+    eight, before = engine.describe()["quantization"] != "none", kept(model)
     engine.lora.reserve(32)
     linears = [m for m in model.net.modules() if isinstance(m, nn.Linear | QuantizedLinear)]
     assert len(branches(model.net)) == len(linears)
+    assert kept(model) - before == sum(buffer.nbytes for buffer in model.net.buffers()) > 0
     assert torch.equal(latent(engine), base)
     where = [(m.side_down.data_ptr(), m.side_up.data_ptr()) for m in linears]  # pyright: ignore
     drawn: list[Tensor] = []

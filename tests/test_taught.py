@@ -85,7 +85,7 @@ def test_either_kind_of_names_gives_the_same_weights(name: str, request: pytest.
 def test_they_are_listed_and_small() -> None:
     listed = hub.manifests()
     assert all(listed[name].kind == "lora" and NAMES[name] in listed[name].description for name in NAMES)
-    assert sum(path.stat().st_size for path in taught.FOLDER.iterdir()) < 5_000_000
+    assert sum(path.stat().st_size for path in taught.FOLDER.iterdir()) < 6_500_000
 
 
 def test_a_new_word(dev: Engine) -> None:

@@ -65,7 +65,7 @@ def rank_of(changes: Sequence[Change]) -> int:
 
 
 def reserve(module: nn.Module, rank: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Have a branch with room for at least this rank, which adds nothing where it is new -> bytes it takes.
+    """Have a branch with room for at least this rank, which adds nothing where it is new -> bytes it takes more.
 
     A larger one stays. The module is of a class that has the branch from then on; its parameters keep their names.
     """
@@ -73,13 +73,14 @@ def reserve(module: nn.Module, rank: int, dtype: torch.dtype, device: torch.devi
     if type(module) in PLAIN and len(module.get_buffer("side_down")) >= room:
         return 0
     n, k = module.get_parameter("weight").shape
+    before = _bytes(module)
     down = torch.zeros((room, k), dtype=dtype, device=device)
     up = torch.zeros((n, room), dtype=dtype, device=device)
     if type(module) not in PLAIN:
         module.__class__ = BESIDE[type(module)]
     module.register_buffer("side_down", down, persistent=False)
     module.register_buffer("side_up", up, persistent=False)
-    return down.nbytes + up.nbytes
+    return _bytes(module) - before
 
 
 def fill(module: nn.Module, parts: Parts) -> None:
@@ -102,8 +103,17 @@ def fill(module: nn.Module, parts: Parts) -> None:
                 row += stop - start
 
 
-def remove(module: nn.Module) -> None:
-    """Leave the linear as it was before."""
-    if type(module) in PLAIN:
+def remove(module: nn.Module) -> int:
+    """Leave the linear as it was before -> bytes it takes fewer."""
+    before = _bytes(module)
+    if before:
         del module.side_down, module.side_up
         module.__class__ = PLAIN[type(module)]
+    return before
+
+
+def _bytes(module: nn.Module) -> int:
+    """Of its branch."""
+    if type(module) not in PLAIN:
+        return 0
+    return module.get_buffer("side_down").nbytes + module.get_buffer("side_up").nbytes

@@ -219,10 +219,8 @@ class Loras:
             for network in self._networks:
                 if not network.part.startswith("text_encoder"):
                     for module in network.loaded.net.modules():
-                        if not rank:
-                            side.remove(module)
-                        elif side.is_linear(module):
-                            side.reserve(module, rank, network.loaded.filling.dtype, network.loaded.filling.device)
+                        if side.is_linear(module):
+                            _make_room(network, module, rank)
             self.converge()
 
     @property
@@ -342,16 +340,10 @@ class Loras:
             return
         changes = self._changes(key, shares)
         reserved = self._reserved and not network.part.startswith("text_encoder")
+        rank = side.rank_of([change for change, _ in changes])
+        _make_room(network, module, max(rank, self._reserved if reserved else 0))
         if changes or reserved:
-            side.reserve(
-                module,
-                max(side.rank_of([change for change, _ in changes]), self._reserved or 1),
-                network.loaded.filling.dtype,
-                network.loaded.filling.device,
-            )
             side.fill(module, changes)
-        else:
-            side.remove(module)
 
     def _prepare(self, path: Path, strict: bool) -> _Ready:
         try:
@@ -374,6 +366,15 @@ class Loras:
         for key, ready in list(self._ready.items()):
             if total > self.cache_bytes and ready.number not in self._in_use:
                 total -= self._ready.pop(key).prepared.bytes
+
+
+def _make_room(network: Network, module: nn.Module, rank: int) -> None:
+    """Beside a linear, for so much; none for 0."""
+    loaded = network.loaded
+    if rank:
+        loaded.grow(side.reserve(module, rank, loaded.filling.dtype, loaded.filling.device))
+    else:
+        loaded.grow(-side.remove(module))
 
 
 def _tar_of(chosen: Chosen) -> Path | None:
