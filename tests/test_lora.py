@@ -855,3 +855,13 @@ def test_an_adapter_of_peft_says_its_alpha_beside(flux: Model, tmp_path: Path, s
         flux.engine.lora.set([tmp_path / "adapter_model.safetensors"])
         assert torch.equal(flux.weights()["transformer_blocks.0.attn.to_q.weight"], found[1])
     flux.engine.lora.clear()
+
+
+def test_names_that_are_nearly_known(flux: Model) -> None:
+    for named, said in (
+        ("demo-dev-zorblinn", "did you mean 'demo-dev-zorblin'"),
+        ("demo-dev-zorblin:0.5", r"a scale is said as LoRA\('demo-dev-zorblin', 0.5\)"),
+        ("qwertz", "loras 'qwertz' is nothing that names weights"),
+    ):
+        with pytest.raises(InvalidRequest, match=said):
+            flux.engine.lora.set([named])

@@ -13,7 +13,7 @@ from typing import Literal
 from flux_engine import hub
 from flux_engine.config import EngineConfig
 from flux_engine.downloads import Limits
-from flux_engine.errors import UnsupportedError
+from flux_engine.errors import InvalidRequest, UnsupportedError, did_you_mean
 from flux_engine.ledger import Ledger
 from flux_engine.references import Reference, Secrets, fetch_reference, parse_reference
 
@@ -48,9 +48,19 @@ def refer(
     first. Raises as `parse_reference`."""
     if isinstance(named, os.PathLike):
         return Reference("path", str(Path(named).absolute()))
-    if isinstance(named, str) and re.fullmatch(r"\s*[\w.-]+\s*", named) and named.strip() in _known():
-        return Reference("known", named.strip())
-    return parse_reference(named, bare=bare, local=local, field=field)
+    word = named.strip() if isinstance(named, str) and re.fullmatch(r"\s*[\w.:-]+\s*", named) else ""
+    if word in _known():
+        return Reference("known", word)
+    try:
+        return parse_reference(named, bare=bare, local=local, field=field)
+    except InvalidRequest as error:
+        near = did_you_mean(word, _known()) if word else ""
+        scaled = re.fullmatch(r"(.+):(-?[\d.]+)", word)
+        if scaled:
+            near = f": a scale is said as LoRA({scaled[1]!r}, {scaled[2]})."
+        if not near.strip("."):
+            raise
+        raise InvalidRequest(f"{field} {word!r} names no LoRA{near} {error}", field=field) from None
 
 
 def _known() -> dict[str, hub.Manifest]:
