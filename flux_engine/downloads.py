@@ -301,7 +301,7 @@ def from_hub(
 ) -> Path:
     """A file of a Hugging Face repository, or its only one, through the hub's own library and cache; where there is no
     `token`, with the library's own. Raises WeightsError or UnknownModel."""
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import HfApi, errors, hf_hub_download
 
     from flux_engine.fetch import _said, listing
 
@@ -320,7 +320,7 @@ def from_hub(
                 raise WeightsError(f"{named} has {told.file_size:,} bytes; {limit:,} are fetched")
         path = Path(ask(repository, file, revision=revision, token=token, local_files_only=offline))
         if file.endswith("adapter_model.safetensors"):  # PEFT's, whose alpha is in a file beside it
-            with suppress(Exception):
+            with suppress(errors.EntryNotFoundError if offline else errors.RemoteEntryNotFoundError):
                 ask(repository, f"{file[:-17]}config.json", revision=revision, token=token, local_files_only=offline)
     check_weights(path, named)
     return path

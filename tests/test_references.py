@@ -891,6 +891,45 @@ def test_repositories_of_the_hub(hub_cache: Path, tmp_path: Path) -> None:
     assert not cache.exists()
 
 
+@pytest.mark.parametrize("answer", ["there", "none", "fails", "offline"])
+def test_what_an_adapter_says_beside_it_is_fetched_too(
+    hub_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str
+) -> None:
+    """A connection that fails is told: without what stands there the LoRA would count too much or too little."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    asked: list[str] = []
+
+    class Told:
+        will_download = False
+
+    def download(_: str, file: str, **how: Any) -> object:
+        if how.get("dry_run"):
+            return Told
+        asked.append(file)
+        if file.endswith(".safetensors") or answer == "there":
+            return str(hub_cache / "a" / "x.safetensors")
+        response = type("Response", (), {"headers": {}, "request": None, "status_code": 404})()
+        raise {
+            "none": errors.RemoteEntryNotFoundError("none", response=response),  # pyright: ignore[reportArgumentType]
+            "fails": errors.LocalEntryNotFoundError("no connection"),
+            "offline": errors.LocalEntryNotFoundError("not in the cache"),
+        }[answer]
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+
+    def get() -> Fetched:
+        return fetch(None, "o/one/a/adapter_model.safetensors", tmp_path, offline=answer == "offline")
+
+    if answer == "fails":
+        with failing("it cannot be fetched: no connection"):
+            get()
+    else:
+        assert get() == Fetched(hub_cache / "a" / "x.safetensors")
+    assert asked == ["a/adapter_model.safetensors", "a/adapter_config.json"]
+
+
 def test_the_hub_online(hub_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The token goes to the hub's own functions, and a file that is too large is not begun."""
     import huggingface_hub
