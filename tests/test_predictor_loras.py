@@ -185,6 +185,29 @@ def test_a_fine_tunes_own_lora(speak: Callable[..., Predictor], folder: Path) ->
         Predictor("flux-dev", model="demo-dev", lora=a)
 
 
+def test_a_fine_tunes_own_lora_is_looked_for_once(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
+) -> None:
+    """What it means may be asked of the network; and before the model is loaded, which takes longer."""
+    asked: list[str] = []
+    finder = module.finder
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        find = finder(*arguments, **options)
+        return lambda named: asked.append("lora") or find(named)
+
+    load = module.load
+    monkeypatch.setattr(module, "finder", counted)
+    monkeypatch.setattr(module, "load", lambda *a, **o: asked.append("model") or load(*a, **o))
+    tuned = Predictor("flux-finetune", model="demo-dev", lora=folder / "a.safetensors", output_dir=tmp_path,
+                      say=lambda _: None)  # fmt: skip
+    tuned.setup()
+    assert asked == ["lora", "model"]
+    for _ in range(2):
+        draw(tuned, model="dev", guidance_scale=3)
+    assert asked == ["lora", "model"]
+
+
 def test_a_fine_tune_draws_with_the_model_that_is_chosen(speak: Callable[..., Predictor]) -> None:
     both = speak("flux-finetune", model={"dev": "demo-dev", "schnell": "demo-schnell"})
     assert both.model == "demo-dev"

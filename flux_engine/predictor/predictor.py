@@ -23,7 +23,7 @@ from flux_engine.engine import Engine
 from flux_engine.errors import InvalidRequest, OutputError
 from flux_engine.inputs.loras import LoRA
 from flux_engine.loading import load
-from flux_engine.lora.finding import finder, refer
+from flux_engine.lora.finding import Found, finder, refer
 from flux_engine.pipeline import Step
 from flux_engine.plan import said
 from flux_engine.predictor.translation import Wanted, translate
@@ -105,6 +105,8 @@ class Predictor:
         self.device, self.dtype, self.quantization, self.memory = device, dtype, quantization, memory
         self.output_dir = output_dir
         self.say = say
+        self._own: Found | None = None
+        """The file of `lora`, once it was looked for."""
         self._engines: dict[str, Engine] = {}
         self._specs: dict[str, ModelSpec] = {}
         self._loading = threading.Lock()
@@ -141,11 +143,19 @@ class Predictor:
         return self._specs[choice]
 
     def setup(self) -> None:
-        """Load the model, and fetch the fine-tune's own LoRA. Called by `predict` if it was not before. Another model
-        that an input may choose is loaded when it is."""
-        self._ready(self._first)
+        """Fetch the fine-tune's own LoRA, and load the model. `predict` does what of it was not done before. Another
+        model that an input may choose is loaded when it is."""
         if self.lora is not None:
-            finder(EngineConfig.from_environment())(self.lora)
+            self._own_lora()
+        self._ready(self._first)
+
+    def _own_lora(self) -> Found:
+        """Looked for once: what it means may be asked of the network."""
+        with self._loading:
+            if self._own is None:
+                assert self.lora is not None
+                self._own = finder(EngineConfig.from_environment())(self.lora)
+            return self._own
 
     def _ready(self, choice: str) -> Engine:
         with self._loading:
@@ -209,11 +219,10 @@ class Predictor:
         tokens = {name: token for name, source in TOKENS.items() if (token := values.get(source))}
         found: list[LoRA] = []
         for one in loras:
-            reference = one.reference or self.lora
-            assert reference is not None
             find = finder(replace(config, **tokens), field=one.input, cancel=cancel)
+            file = self._own_lora() if one.reference is None else find(one.reference)
             # Steps, guidance and scheduler are inputs: a LoRA sets none of them.
-            found.append(LoRA(find(reference), one.scale, mode=None))
+            found.append(LoRA(file, one.scale, mode=None))
         return found
 
     def _seed(self, asked: int | None) -> int:
