@@ -6,7 +6,7 @@ import argparse
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,9 +160,10 @@ def write_encoder(folder: Path, model: Any, tensors: dict[str, Tensor]) -> None:
     (folder / "config.json").write_text(model.config.to_json_string(use_diff=True))
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.to(torch.bfloat16).contiguous() for k, v in sorted(tensors.items())}, path)
+    save_file({k: v.to(torch.bfloat16).contiguous() for k, v in sorted(tensors.items())}, path, metadata)
+    path.chmod(0o644)
     log.info("%s: %.2f M weights, %.2f MB", path.name, sum(v.numel() for v in tensors.values()) / 1e6,
              path.stat().st_size / 1e6)  # fmt: skip
 
@@ -199,14 +200,22 @@ def write_manifest(name: str, files: dict[str, Path]) -> None:
     if not demo.control:
         for part, path in FAMILIES[demo.family].parts.items():
             files |= {f"{part}/{file.name}": file for file in sorted(path.iterdir())} if path.is_dir() else {part: path}
-    lines = [
-        "# Written by scripts/train_demo.py export.",
+    said = [
         *(['kind = "controlnet"', f'controls = ["{demo.control}"]'] if demo.control else []),
         *([] if demo.family == "flux" else [f'family = "{demo.family}"']),
         f'spec = "{demo.spec}"',
         f'description = "{demo.description}"',
+    ]
+    write_said(name, "scripts/train_demo.py", said, files, by=" export")
+
+
+def write_said(name: str, script: str, said: Sequence[str], files: Mapping[str, Path], by: str = "") -> None:
+    """A manifest: what a script says of something that it trained, and its files with their hashes."""
+    lines = [
+        f"# Written by {script}{by}.",
+        *said,
         'licence = "Apache-2.0"',
-        'source = "trained by scripts/train_demo.py on pictures drawn by benchmarks/world.py"',
+        f'source = "trained by {script} on pictures drawn by benchmarks/world.py"',
     ]
     for part, path in files.items():
         lines += [

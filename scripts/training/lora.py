@@ -8,7 +8,6 @@ The files carry the names that most trainers write: PEFT's and kohya's.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -31,9 +29,9 @@ from flux_engine.specs import DEMO_DEV, DEMO_SCHNELL, DEMO_SDXL, FluxSpec, Model
 from training import latents, unet
 from training.batches import Batch, Encode, Walk, Walks, evenly, noise_level
 from training.control import learn, shown
-from training.export import write_logs
+from training.export import write_logs, write_said, write_tensors
 from training.flux import error_of, predict, use_faster_operations
-from training.run import OUT, ROOT, Run, log, read_average
+from training.run import OUT, ROOT, Run, read_average
 from training.text import load_paired, load_text, make_tokenizers
 from training.vae import load_vae, to_tensor
 
@@ -270,33 +268,17 @@ def run_of(name: str, subject: Subject, args: argparse.Namespace) -> Run:
 
 def write(name: str, subject: Subject, run: Run) -> None:
     """The moving average under either kind of names, in bfloat16, and a manifest for the one under PEFT's."""
-    pairs: dict[str, tuple[Tensor, Tensor]] = {}
-    for key, b in run.averaged().items():
-        if key.endswith(".b"):
-            stem = key.removesuffix(".b").replace("/", ".")
-            pairs[stem] = run.averaged()[key.removesuffix("b") + "a"], b
+    average = run.averaged()
+    pairs = {name.replace("/", "."): (average[f"{name}.a"], average[f"{name}.b"]) for name in subject.adapters}
     name = f"{subject.model}-{name}"
     for ending, tensors in (("", peft(subject, pairs)), ("-kohya", kohya(subject, pairs))):
-        path = FOLDER / f"{name}{ending}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.to(torch.bfloat16).contiguous() for k, v in sorted(tensors.items())}, path, {"format": "pt"})
-        path.chmod(0o644)
-        log.info("%s: %d tensors, %.2f MB", path.name, len(tensors), path.stat().st_size / 1e6)
-    content = (FOLDER / f"{name}.safetensors").read_bytes()
-    lines = [
-        "# Written by scripts/train_lora.py.",
+        write_tensors(FOLDER / f"{name}{ending}.safetensors", tensors, {"format": "pt"})
+    said = [
         'kind = "lora"',
         *([] if subject.model != "demo-sdxl" else ['family = "sdxl"']),
         f'description = "{SAID[name.rpartition("-")[2]]}, for {subject.model}"',
-        'licence = "Apache-2.0"',
-        'source = "trained by scripts/train_lora.py on pictures drawn by benchmarks/world.py"',
-        "",
-        '[files."lora"]',
-        f'path = "demo/loras/{name}.safetensors"',
-        f"bytes = {len(content)}",
-        f'sha256 = "{hashlib.sha256(content).hexdigest()}"',
     ]
-    (ROOT / "weights" / "manifests" / f"{name}.toml").write_text("\n".join(lines) + "\n")
+    write_said(name, "scripts/train_lora.py", said, {"lora": FOLDER / f"{name}.safetensors"})
     write_logs()
 
 
