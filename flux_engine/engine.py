@@ -159,9 +159,9 @@ class Engine:
         """
         if not isinstance(request, Request):
             raise InvalidRequest(f"run takes a Request, not a {type(request).__name__}: call the engine with a prompt")
-        own = None if request.loras is None else checked_loras(request.loras)
-        job = request.resolve(self.spec if own is None else self._spec_with(self.lora.mode_of(own)))
-        chosen = None if own is None else self.lora.find(own, strict=request.strict)
+        mode = self.lora.mode if request.loras is None else self.lora.mode_of(checked_loras(request.loras))
+        job = request.resolve(self._spec_with(mode))
+        chosen = None if job.loras is None else self.lora.find(job.loras, strict=request.strict)
         pipeline = self._slow if job.go_fast is False and self._slow else self._pipeline
         with self._turn(cancel), memory_errors(f"{job.width}x{job.height}"):
             self.lora.use(chosen)

@@ -42,6 +42,8 @@ UNDERSTOOD = (
     "civitai.com/api/download/models/ID; replicate.com/OWNER/NAME[/versions/ID]; https://...(.safetensors or .tar)"
 )
 Kind = Literal["known", "path", "data", "huggingface", "civitai", "replicate", "link"]
+Bare = Literal["huggingface", "replicate"]
+"""Where OWNER/NAME is looked up."""
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 _VERSION = r"[0-9a-f]{64}"
 _TOKEN = re.compile(r"\b(hf_|r8_)\w{8,}")
@@ -119,7 +121,7 @@ class Reference:
 def parse_reference(
     text: str,
     *,
-    bare: Literal["huggingface", "replicate"] = "huggingface",
+    bare: Bare = "huggingface",
     local: bool = True,
     field: str = "lora_weights",
 ) -> Reference:

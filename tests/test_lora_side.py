@@ -86,11 +86,12 @@ def test_what_is_no_low_rank_pair_of_a_linear_is_merged(model: Model) -> None:
     tensors = {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
     whole = {f"{name}.diff": torch.full((n, k), 0.01), f"{name}.diff_b": torch.full((n,), 0.1)}
     pair, difference = model.file(tensors), model.file(whole)
-    scale = {"double_blocks.0.img_attn.norm.query_norm.diff": torch.ones(64)}
-    chosen = [pair, difference, *([model.file(scale)] if "img_attn" in scale else [])]
-    model.engine.lora.set(chosen, how="side")
+    norm = "double_blocks.0.img_attn.norm.query_norm"
+    scale = model.file({f"{norm}.scale": torch.full((64,), 0.5)})
+    model.engine.lora.set([pair, difference, scale], how="side")
+    assert (model.net.get_submodule(norm).scale == 0.5).all()
     linear = model.net.get_submodule(name)
-    assert [each["beside"] for each in model.engine.describe()["loras"]][:2] == [1, 0]
+    assert [each["beside"] for each in model.engine.describe()["loras"]] == [1, 0, 0]
     assert torch.equal(linear.weight, model.bits[f"transformer.{name}.weight"] + 0.01)
     x = torch.randn(3, k)
     wanted = x @ (model.bits[f"transformer.{name}.weight"] + 0.01 + b @ a).T + linear.bias

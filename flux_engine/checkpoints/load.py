@@ -105,7 +105,7 @@ class Filling:
                     rows = slice(start + row, min(start + row + some, stop))
                     values[rows], scale[rows] = quantize_weight(weight[row : row + some], scheme)
                 told = scale[start:stop]
-            # A sum is finite only if all are, and five times as fast; large numbers alone can make it infinite.
+            # A sum is finite only if all are, and is sooner there; large numbers alone can make it infinite.
             if not told.sum(dtype=torch.float32).isfinite() and not told.isfinite().all():
                 raise WeightsError(f"with what is to be merged in it, {name} is not finite as {self.dtype}")
         rounded = {name: values} if scheme is None else {name: values, linear + SCALE: scale}

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from flux_engine.cli.output import show
 from flux_engine.config import EngineConfig
+from flux_engine.references import Bare
 
-BARE = ("huggingface", "replicate")
 LONGEST = 100
 """Characters of a value of the header that are shown; --json has all of them."""
 
@@ -25,7 +25,7 @@ def add(commands: Any) -> None:
     resolve = lora.add_parser("resolve", help="the file that a reference leads to, fetched if need be")
     resolve.add_argument("reference", metavar="REF")
     resolve.add_argument("--dry-run", action="store_true", help="say what it means, without the network")
-    resolve.add_argument("--bare", default="huggingface", choices=BARE, help="where OWNER/NAME is looked up")
+    resolve.add_argument("--bare", default="huggingface", choices=get_args(Bare), help="where OWNER/NAME is looked up")
     resolve.add_argument("--offline", action="store_true", help="take it from what is here")
     resolve.add_argument("--json", action="store_true")
     resolve.set_defaults(run=_resolve)

@@ -8,14 +8,13 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from flux_engine import hub
 from flux_engine.config import EngineConfig
 from flux_engine.downloads import Limits
 from flux_engine.errors import InvalidRequest, UnsupportedError, did_you_mean
 from flux_engine.ledger import Ledger
-from flux_engine.references import Reference, Secrets, fetch_reference, parse_reference
+from flux_engine.references import Bare, Reference, Secrets, fetch_reference, parse_reference
 
 Named = str | os.PathLike[str]
 
@@ -39,7 +38,7 @@ class Found(os.PathLike[str]):
 
 def refer(
     named: Named,
-    bare: Literal["huggingface", "replicate"] = "huggingface",
+    bare: Bare = "huggingface",
     *,
     local: bool = True,
     field: str = "loras",
@@ -49,7 +48,7 @@ def refer(
     if isinstance(named, os.PathLike):
         return Reference("path", str(Path(named).absolute()))
     word = named.strip() if isinstance(named, str) and re.fullmatch(r"\s*[\w.:-]+\s*", named) else ""
-    if word in _known():
+    if word and word in _known():
         return Reference("known", word)
     try:
         return parse_reference(named, bare=bare, local=local, field=field)

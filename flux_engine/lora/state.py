@@ -56,6 +56,11 @@ class Network:
     part: str
     loaded: Loaded
 
+    @property
+    def denoises(self) -> bool:
+        """Whether it runs with every step, and no text encoder."""
+        return not self.part.startswith("text_encoder")
+
 
 @dataclass(frozen=True)
 class Chosen:
@@ -217,7 +222,7 @@ class Loras:
                 if tag.beside:  # a branch that grows is empty
                     self._tags[key] = None
             for network in self._networks:
-                if not network.part.startswith("text_encoder"):
+                if network.denoises:
                     for module in network.loaded.net.modules():
                         if side.is_linear(module):
                             _make_room(network, module, rank)
@@ -339,9 +344,8 @@ class Loras:
         if leaf != "weight" or not side.is_linear(module):
             return
         changes = self._changes(key, shares)
-        reserved = self._reserved and not network.part.startswith("text_encoder")
-        rank = side.rank_of([change for change, _ in changes])
-        _make_room(network, module, max(rank, self._reserved if reserved else 0))
+        reserved = self._reserved if network.denoises else 0
+        _make_room(network, module, max(side.rank_of([change for change, _ in changes]), reserved))
         if changes or reserved:
             side.fill(module, changes)
 

@@ -79,7 +79,7 @@ def quantize_weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
 
 
 def _largest(x: Tensor) -> Tensor:
-    """Of every row, of its numbers without their signs: seven times as fast on a CPU as a norm of torch's."""
+    """Of every row, of its numbers without their signs; on a CPU sooner there than a norm of torch's."""
     return torch.maximum(x.amax(dim=1, keepdim=True), x.amin(dim=1, keepdim=True).neg_())
 
 

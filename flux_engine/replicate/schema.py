@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from flux_engine.errors import InvalidRequest
+from flux_engine.references import Bare
 
 SHOWN = 100
 """Most characters of a refused value that an error repeats: pictures are sent as text of megabytes."""
@@ -198,7 +199,7 @@ class Schema:
     """Whether they also count for nothing where there is a mask beside it."""
     loras: tuple[Stacked, ...] = ()
     """In the order in which they count."""
-    bare: Literal["huggingface", "replicate"] = "replicate"
+    bare: Bare = "replicate"
     """Where a LoRA is looked up that is named OWNER/NAME."""
     sizing: Sizing | None = None
     steering: tuple[Steering, ...] = ()
