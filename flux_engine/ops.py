@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flux_engine import kernels
+
 FP16_MAX = 65504.0
 
 
@@ -21,7 +23,16 @@ def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
     x (B, L, D); shift and scale (B, 1, D). Source: DiT (arXiv 2212.09748), eps as in FLUX.
     """
+    if kernels.usable(x):
+        return torch.ops.flux_cpu.layer_norm(x, scale, shift, 1e-6, 1.0)
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm over the last axis. x (B, L, D); weight and bias (D,)."""
+    if kernels.usable(x):
+        return torch.ops.flux_cpu.layer_norm(x, weight, bias, eps, 0.0)
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -51,12 +62,23 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated.flatten(-2).to(x.dtype)
 
 
+def qk_norm_rotary(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`rms_norm` and `apply_rotary` of queries and keys. q and k (B, H, L, D), weights (D,)."""
+    if kernels.usable(q):
+        return torch.ops.flux_cpu.qk_norm_rotary(q, k, q_weight, k_weight, cos, sin, 1e-6)
+    return apply_rotary(rms_norm(q, q_weight), cos, sin), apply_rotary(rms_norm(k, k_weight), cos, sin)
+
+
 def gated_residual(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
     """`x + gate * update`, kept finite in float16. x and update (B, L, D), gate (B, 1, D).
 
     The residual stream of FLUX passes 65504, the largest float16: without the clamp it becomes inf and then NaN
     (huggingface/diffusers issue 9096).
     """
+    if kernels.usable(x):
+        return torch.ops.flux_cpu.gated_residual(x, gate, update)
     out = torch.addcmul(x, gate, update)
     return out.clamp(-FP16_MAX, FP16_MAX) if out.dtype == torch.float16 else out
 
@@ -74,11 +96,26 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """GroupNorm followed by SiLU. x (B, C, h, w); weight and bias (C,)."""
+    if _channels_last(x) and kernels.usable(x):
+        return torch.ops.flux_cpu.group_norm(x, groups, weight, bias, eps, True)
     return F.silu(F.group_norm(x, groups, weight, bias, eps=eps))
+
+
+def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """GroupNorm. x (B, C, h, w); weight and bias (C,)."""
+    if _channels_last(x) and kernels.usable(x):
+        return torch.ops.flux_cpu.group_norm(x, groups, weight, bias, eps, False)
+    return F.group_norm(x, groups, weight, bias, eps=eps)
+
+
+def _channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last)
 
 
 def geglu(x: Tensor) -> Tensor:
     """The first half of the last axis times the GELU of the second (arXiv 2002.05202). x (..., 2 D) -> (..., D)."""
+    if kernels.usable(x):
+        return torch.ops.flux_cpu.geglu(x)
     value, gate = x.chunk(2, dim=-1)
     return value * F.gelu(gate)
 

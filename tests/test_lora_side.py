@@ -147,7 +147,8 @@ def test_room_that_is_reserved_stays_where_it_is(model: Model) -> None:
     linears = [m for m in model.net.modules() if isinstance(m, nn.Linear | QuantizedLinear)]
     assert len(branches(model.net)) == len(linears)
     assert kept(model) - before == sum(buffer.nbytes for buffer in model.net.buffers()) > 0
-    assert torch.equal(latent(engine), base)
+    empty = latent(engine)  # tokens of 8 bits make much of the last bits
+    assert (empty - base).norm() <= (0.02 if eight else 0) * base.norm()
     where = [(m.side_down.data_ptr(), m.side_up.data_ptr()) for m in linears]  # pyright: ignore
     drawn: list[Tensor] = []
     for chosen in ([lora(model, 0)], [lora(model, 1, FLUX_ATTENTION)], [], [lora(model, 0)]):
@@ -156,11 +157,10 @@ def test_room_that_is_reserved_stays_where_it_is(model: Model) -> None:
         assert model.unchanged()
         drawn.append(latent(engine))
     assert torch.equal(drawn[0], drawn[3])
-    assert torch.equal(drawn[2], base)
+    assert torch.equal(drawn[2], empty)
     with pytest.raises(InvalidRequest, match="clear them first"):
         engine.lora.reserve(0)
     engine.lora.reserve(64)  # what stands there already has to move along
-    # Tokens of 8 bits make much of the last bits.
     assert (latent(engine) - drawn[0]).norm() <= (0.02 if eight else 1e-5) * drawn[0].norm()
 
 

@@ -23,7 +23,8 @@ from flux_engine.checkpoints.source import WeightSource
 from flux_engine.checkpoints.tables import unet_controlnet_diffusers, unet_controlnet_sgm, unet_sgm
 from flux_engine.families.base import channels_last
 from flux_engine.models.layers import Residuals
-from flux_engine.models.unet import UNet, UNetStatics
+from flux_engine.models.unet import UNet
+from flux_engine.models.unet_attention import UNetStatics
 from flux_engine.models.unet_controlnet import UNetControlNet
 from flux_engine.params import UNetControlNetParams
 

@@ -37,7 +37,8 @@ from flux_engine.families.base import (
 )
 from flux_engine.footprint import SLOW
 from flux_engine.memory import Place, Precompute, load_parts
-from flux_engine.models.unet import UNet, UNetStatics
+from flux_engine.models.unet import UNet
+from flux_engine.models.unet_attention import UNetStatics
 from flux_engine.models.unet_controlnet import UNetControlNet
 from flux_engine.models.vae import AutoEncoder
 from flux_engine.params import UNetControlNetParams, UNetParams

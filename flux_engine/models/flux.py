@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from flux_engine import ops
 from flux_engine.attention import attention
+from flux_engine.linears import Rows, linear, linear_and_gelu, modulated
 from flux_engine.models.layers import Residuals, merge_heads
 from flux_engine.params import FluxParams, FluxTrunkParams
 
@@ -119,15 +120,15 @@ class SelfAttention(nn.Module):
         self.norm = QKNorm(dim // num_heads)
         self.proj = nn.Linear(dim, dim)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, L, D) -> normalised q, k and plain v, each (B, H, L, head_dim)."""
-        return split_heads(self.qkv(x), self.num_heads, self.norm)
+    def project(self, x: Tensor | Rows, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, L, D), and the rotary tables of its tokens -> q, k and v, each (B, H, L, head_dim)."""
+        return split_heads(linear(self.qkv, x), self.num_heads, self.norm, cos, sin)
 
 
-def split_heads(qkv: Tensor, num_heads: int, norm: QKNorm) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, L, 3 D) -> normalised q and k, plain v, each (B, H, L, head_dim)."""
+def split_heads(qkv: Tensor, num_heads: int, norm: QKNorm, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, L, 3 D) -> normalised and rotated q and k, plain v, each (B, H, L, head_dim)."""
     q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    return norm.query_norm(q), norm.key_norm(k), v
+    return *ops.qk_norm_rotary(q, k, norm.query_norm.scale, norm.key_norm.scale, cos, sin), v
 
 
 class Modulation(nn.Module):
@@ -168,29 +169,29 @@ class DoubleStreamBlock(nn.Module):
         i_shift1, i_scale1, i_gate1, i_shift2, i_scale2, i_gate2 = img_mod.unbind(1)
         t_shift1, t_scale1, t_gate1, t_shift2, t_scale2, t_gate2 = txt_mod.unbind(1)
 
-        img_q, img_k, img_v = self.img_attn.project(ops.layer_norm_modulate(img, i_shift1, i_scale1))
-        txt_q, txt_k, txt_v = self.txt_attn.project(ops.layer_norm_modulate(txt, t_shift1, t_scale1))
-        q = ops.apply_rotary(torch.cat((txt_q, img_q), dim=2), cos, sin)
-        k = ops.apply_rotary(torch.cat((txt_k, img_k), dim=2), cos, sin)
-        v = torch.cat((txt_v, img_v), dim=2)  # (B, H, Lt + Li, head_dim)
+        text = txt.shape[1]
+        txt_in = modulated(self.txt_attn.qkv, txt, t_shift1, t_scale1)
+        img_in = modulated(self.img_attn.qkv, img, i_shift1, i_scale1)
+        streams = zip(
+            self.txt_attn.project(txt_in, cos[:text], sin[:text]),
+            self.img_attn.project(img_in, cos[text:], sin[text:]),
+            strict=True,
+        )
+        q, k, v = (torch.cat(stream, dim=2) for stream in streams)  # each (B, H, Lt + Li, head_dim)
         mixed = merge_heads(attention(q, k, v))
         # Contiguous, because torch multiplies a strided batch by another path, with other rounding than one picture.
-        txt_update = mixed[:, : txt.shape[1]].contiguous()
-        img_update = mixed[:, txt.shape[1] :].contiguous()
+        txt_update, img_update = mixed[:, :text].contiguous(), mixed[:, text:].contiguous()
 
-        img = ops.gated_residual(img, i_gate1, self.img_attn.proj(img_update))
-        img = ops.gated_residual(
-            img,
-            i_gate2,
-            self.img_mlp(ops.layer_norm_modulate(img, i_shift2, i_scale2)),
-        )
-        txt = ops.gated_residual(txt, t_gate1, self.txt_attn.proj(txt_update))
-        txt = ops.gated_residual(
-            txt,
-            t_gate2,
-            self.txt_mlp(ops.layer_norm_modulate(txt, t_shift2, t_scale2)),
-        )
+        img = linear(self.img_attn.proj, img_update, residual=img, gate=i_gate1)
+        img = self._mlp(self.img_mlp, img, i_shift2, i_scale2, i_gate2)
+        txt = linear(self.txt_attn.proj, txt_update, residual=txt, gate=t_gate1)
+        txt = self._mlp(self.txt_mlp, txt, t_shift2, t_scale2, t_gate2)
         return img, txt
+
+    @staticmethod
+    def _mlp(mlp: nn.Sequential, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+        hidden = linear(mlp[0], modulated(mlp[0], x, shift, scale), gelu=True)
+        return linear(mlp[2], hidden, residual=x, gate=gate)
 
 
 class SingleStreamBlock(nn.Module):
@@ -199,7 +200,7 @@ class SingleStreamBlock(nn.Module):
     def __init__(self, dim: int, num_heads: int, mlp_dim: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.widths = (3 * dim, mlp_dim)
+        self.qkv_width = 3 * dim
         self.linear1 = nn.Linear(dim, 3 * dim + mlp_dim)
         self.linear2 = nn.Linear(dim + mlp_dim, dim)
         self.norm = QKNorm(dim // num_heads)
@@ -208,11 +209,9 @@ class SingleStreamBlock(nn.Module):
     def forward(self, x: Tensor, mod: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x (B, L, D), mod (B, 3, 1, D) -> (B, L, D)."""
         shift, scale, gate = mod.unbind(1)
-        qkv, mlp = self.linear1(ops.layer_norm_modulate(x, shift, scale)).split(self.widths, dim=-1)
-        q, k, v = split_heads(qkv, self.num_heads, self.norm)
-        mixed = attention(ops.apply_rotary(q, cos, sin), ops.apply_rotary(k, cos, sin), v)
-        update = self.linear2(torch.cat((merge_heads(mixed), ops.gelu_tanh(mlp)), dim=-1))
-        return ops.gated_residual(x, gate, update)
+        qkv, mlp = linear_and_gelu(self.linear1, modulated(self.linear1, x, shift, scale), self.qkv_width)
+        mixed = attention(*split_heads(qkv, self.num_heads, self.norm, cos, sin))
+        return linear(self.linear2, torch.cat((merge_heads(mixed), mlp), dim=-1), residual=x, gate=gate)
 
 
 class LastLayer(nn.Module):

@@ -40,6 +40,13 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
+class GroupNorm(nn.GroupNorm):
+    """nn.GroupNorm as one of our ops."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+
+
 class NormSiLU(nn.GroupNorm):
     """GroupNorm with SiLU behind it, as one op."""
 

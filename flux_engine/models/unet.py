@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import ClassVar, cast
 
 import torch
@@ -23,38 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flux_engine import ops
-from flux_engine.attention import attention
-from flux_engine.models.layers import NormSiLU, Residuals, merge_heads
+from flux_engine.models.layers import NormSiLU, Residuals
+from flux_engine.models.unet_attention import CrossAttention, Transformer, UNetStatics
 from flux_engine.params import UNetEncoderParams, UNetParams
 
 IDS_DIM = 256
 """Width of the sinusoidal embedding of each of the numbers that tell sizes and crops, and of the guidance scale."""
-
-
-@dataclass(frozen=True)
-class UNetStatics:
-    """What `precompute` makes for one prompt batch and one schedule; frozen for the whole request."""
-
-    time: tuple[Tensor, ...]
-    """For each residual block what it adds to its channels (S, B, C, 1, 1)."""
-    text: tuple[tuple[Tensor, Tensor], ...]
-    """For each cross-attention the text's keys and values, each (B, H, L, D)."""
-
-    @staticmethod
-    def cat(parts: Sequence[UNetStatics]) -> UNetStatics:
-        """The statics of several prompts as those of one batch."""
-        return UNetStatics(
-            time=tuple(torch.cat(rows, dim=1) for rows in zip(*(p.time for p in parts), strict=True)),
-            text=tuple(
-                (torch.cat([k for k, _ in pairs]), torch.cat([v for _, v in pairs]))
-                for pairs in zip(*(p.text for p in parts), strict=True)
-            ),
-        )
-
-
-def split_heads(x: Tensor, head_dim: int) -> Tensor:
-    """(B, L, H D) -> (B, H, L, D)."""
-    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
 
 
 class Embedder(nn.Module):
@@ -91,95 +64,6 @@ class ResnetBlock(nn.Module):
         update = self.conv1(self.norm1(x)) + statics.time[self.number][call]
         update = self.conv2(self.norm2(update))
         return (self.conv_shortcut(x) if self.changes_width else x) + update
-
-
-class SelfAttention(nn.Module):
-    def __init__(self, dim: int, head_dim: int) -> None:
-        super().__init__()
-        self.head_dim = head_dim
-        self.to_qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (split_heads(part, self.head_dim) for part in self.to_qkv(x).chunk(3, dim=-1))
-        return self.to_out[0](merge_heads(attention(q, k, v)))
-
-
-class CrossAttention(nn.Module):
-    """Looks at the text, whose keys and values are among the statics."""
-
-    def __init__(self, dim: int, context_dim: int, head_dim: int) -> None:
-        super().__init__()
-        self.head_dim = head_dim
-        self.to_q = nn.Linear(dim, dim, bias=False)
-        self.to_kv = nn.Linear(context_dim, 2 * dim, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-        self.number = 0
-        """Which of the statics is this layer's."""
-
-    def keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """context (B, L, context_dim) -> each (B, H, L, D)."""
-        k, v = (split_heads(part, self.head_dim).contiguous() for part in self.to_kv(context).chunk(2, dim=-1))
-        return k, v
-
-    def forward(self, x: Tensor, statics: UNetStatics) -> Tensor:
-        mixed = attention(split_heads(self.to_q(x), self.head_dim), *statics.text[self.number])
-        return self.to_out[0](merge_heads(mixed))
-
-
-class GEGLU(nn.Module):
-    def __init__(self, dim: int, inner: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(dim, 2 * inner)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.geglu(self.proj(x))
-
-
-class FeedForward(nn.Module):
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        # The identity is there for the checkpoint key `net.2`: diffusers has a dropout in its place.
-        self.net = nn.ModuleList([GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](self.net[0](x))
-
-
-class TransformerBlock(nn.Module):
-    def __init__(self, dim: int, params: UNetEncoderParams) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
-        self.attn1 = SelfAttention(dim, params.head_dim)
-        self.norm2 = nn.LayerNorm(dim)
-        self.attn2 = CrossAttention(dim, params.cross_attention_dim, params.head_dim)
-        self.norm3 = nn.LayerNorm(dim)
-        self.ff = FeedForward(dim)
-
-    def forward(self, x: Tensor, statics: UNetStatics) -> Tensor:
-        """(B, L, D) -> (B, L, D)."""
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), statics)
-        return x + self.ff(self.norm3(x))
-
-
-class Transformer(nn.Module):
-    """Transformer blocks over the positions of a feature map."""
-
-    def __init__(self, channels: int, depth: int, params: UNetEncoderParams) -> None:
-        super().__init__()
-        self.norm = nn.GroupNorm(params.norm_groups, channels, eps=1e-6)
-        self.proj_in = nn.Linear(channels, channels)
-        self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, params) for _ in range(depth))
-        self.proj_out = nn.Linear(channels, channels)
-
-    def forward(self, x: Tensor, statics: UNetStatics) -> Tensor:
-        """(B, C, h, w) -> (B, C, h, w)."""
-        b, c, h, w = x.shape
-        tokens = self.proj_in(self.norm(x).permute(0, 2, 3, 1).reshape(b, h * w, c))  # free where channels are last
-        for block in self.transformer_blocks:
-            tokens = block(tokens, statics)
-        return x + self.proj_out(tokens).reshape(b, h, w, c).permute(0, 3, 1, 2)
 
 
 class Downsample(nn.Module):

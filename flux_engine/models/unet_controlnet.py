@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flux_engine.models.layers import Residuals
-from flux_engine.models.unet import UNetEncoder, UNetStatics
+from flux_engine.models.unet import UNetEncoder
+from flux_engine.models.unet_attention import UNetStatics
 from flux_engine.params import UNetControlNetParams
 
 

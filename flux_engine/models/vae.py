@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from flux_engine.attention import attention
 from flux_engine.models import vae_rows
-from flux_engine.models.layers import NormSiLU
+from flux_engine.models.layers import GroupNorm, NormSiLU
 from flux_engine.params import VAEParams
 
 
@@ -44,7 +44,7 @@ class AttnBlock(nn.Module):
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm = GroupNorm(groups, channels, eps=1e-6)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)

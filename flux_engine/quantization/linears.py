@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from flux_engine import kernels
 
 TINY = 2.0**-100
 """Smallest scale: a row of zeros has one, too, and nothing is divided by zero."""
@@ -120,6 +123,15 @@ class QuantizedLinear(nn.Module):
         out = self._product(tokens) if self.scheme.multiplies else self._by_blocks(tokens)
         return out.reshape(*x.shape[:-1], self.out_features)
 
+    def has_kernel(self, x: Tensor) -> bool:
+        """Whether a kernel multiplies such tokens."""
+        return self.scheme is INT8 and kernels.multiplies(x) and self.in_features % 4 == 0
+
+    def product(self, values: Tensor, scales: Tensor, *after: Any) -> Tensor:
+        """By a kernel: tokens (M, K) that are of 8 bits already, with scales (M,) -> (M, N). `after` is what
+        flux_kernels.cpu.int8_linear does to the result: gelu_from, residual, gate, dtype."""
+        return torch.ops.flux_cpu.int8_linear(values, scales, self.weight, self.weight_scale, self.bias, *after)
+
     def dequantized(self) -> Tensor:
         """The weight (N, K) in float32."""
         return self.weight.float() * self.weight_scale[:, None]
@@ -128,7 +140,9 @@ class QuantizedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.scheme.name}"
 
     def _product(self, x: Tensor) -> Tensor:
-        """Some tokens at a time, as all that is wider than 8 bits is larger than what it is made of."""
+        """By a kernel, or some tokens at a time: all that is wider than 8 bits is larger than what it is made of."""
+        if self.has_kernel(x):
+            return self.product(*torch.ops.flux_cpu.quantize_rows(x), None, None, None, x.dtype)
         count = max(INT8.grid[0], WORK // (4 * max(self.in_features, self.out_features)))
         if len(x) <= count:
             return self._product_of(x)

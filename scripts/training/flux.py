@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import _muon
 
 import flux_engine.models.flux
-import flux_engine.models.unet
+import flux_engine.models.unet_attention
 from flux_engine import ops
 from flux_engine.hardware import has_bf16
 from flux_engine.models.flux import Flux, FluxStatics
@@ -63,7 +63,7 @@ def orthogonal(grad: Tensor, ns_coefficients: tuple[float, float, float], ns_ste
 
 def use_faster_operations() -> None:
     """Put these in the place of the engine's and of torch's own, for this process."""
-    flux_engine.models.flux.attention = flux_engine.models.unet.attention = explicit_attention
+    flux_engine.models.flux.attention = flux_engine.models.unet_attention.attention = explicit_attention
     ops.apply_rotary = complex_rotary
     if not has_bf16(torch.device("cpu")):
         _muon._zeropower_via_newtonschulz = orthogonal
