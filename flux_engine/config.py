@@ -12,6 +12,7 @@ from flux_engine.errors import UnsupportedError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MEMORY = ("auto", "resident", "evict")
+KERNELS = ("auto", "on", "off")
 QUANTIZATIONS = ("auto", "none", "int8", "fp8", "fp8-storage", "both")
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -21,7 +22,7 @@ class EngineConfig:
     """Choices made once, when a model is loaded.
 
     Environment variables give the defaults: FLUX_ENGINE_DEVICE, FLUX_ENGINE_DTYPE, FLUX_ENGINE_QUANTIZATION,
-    FLUX_ENGINE_MEMORY, FLUX_ENGINE_WEIGHTS, FLUX_ENGINE_CACHE.
+    FLUX_ENGINE_MEMORY, FLUX_ENGINE_KERNELS, FLUX_ENGINE_WEIGHTS, FLUX_ENGINE_CACHE.
     """
 
     device: str = "auto"
@@ -37,6 +38,9 @@ class EngineConfig:
     """"auto" keeps on the device what there is room for, by a plan (plan.py); the rest waits on the host or in its file
     until it is needed. A number of bytes, or "12GB", is the room that the plan has. "resident" keeps all weights on the
     device, "evict" all but what is read once for a prompt, a quarter of FLUX.1."""
+    kernels: str = "auto"
+    """Whether flux_kernels compute on a processor: "auto" where they can (`Engine.describe()` says why not), "on" or an
+    error, "off" for torch's own operations. For the whole process: the last engine that was loaded decides."""
     embedding_cache: int = 64
     """How many encoded prompts are kept; 0 keeps none."""
     weights: Path | None = None
@@ -59,6 +63,8 @@ class EngineConfig:
             raise UnsupportedError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.quantization not in QUANTIZATIONS:
             raise UnsupportedError(f"quantization {self.quantization!r} is not one of {', '.join(QUANTIZATIONS)}")
+        if self.kernels not in KERNELS:
+            raise UnsupportedError(f"kernels {self.kernels!r} is not one of {', '.join(KERNELS)}")
         if self.memory not in MEMORY:
             self.bytes_of_memory()
         if not isinstance(self.embedding_cache, int):
@@ -95,6 +101,7 @@ class EngineConfig:
             dtype=dtype or environment.get("FLUX_ENGINE_DTYPE", "auto"),
             quantization=quantization or environment.get("FLUX_ENGINE_QUANTIZATION", "none"),
             memory=environment.get("FLUX_ENGINE_MEMORY", "auto") if memory is None else memory,
+            kernels=environment.get("FLUX_ENGINE_KERNELS", "auto"),
             embedding_cache=embedding_cache,
             weights=Path(weights) if weights else None,
             cache=_cache(environment),

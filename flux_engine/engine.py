@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from flux_engine import hardware, images
+from flux_engine import hardware, images, kernels
 from flux_engine.config import EngineConfig
 from flux_engine.errors import InvalidRequest, OutputError, WeightsError, did_you_mean
 from flux_engine.families.base import Family
@@ -236,7 +236,7 @@ class Engine:
                 | schemes_of(net)
                 for name, net in networks.items()
             },
-            "attention": "torch.scaled_dot_product_attention",
+            "kernels": kernels.describe(family.net.device, family.net.dtype),
             "load_seconds": round(self.load_seconds, 3),
         }
 

@@ -11,15 +11,12 @@ from torch import Tensor
 
 from flux_engine.errors import UnsupportedError
 
-KERNELS = ("auto", "on", "off")
 _on = True
 
 
 def choose(setting: str) -> None:
-    """Raises UnsupportedError for "on" where there are none, and for what is no setting."""
+    """`EngineConfig.kernels`. Raises UnsupportedError for "on" where there are none."""
     global _on
-    if setting not in KERNELS:
-        raise UnsupportedError(f"kernels {setting!r} is not one of {', '.join(KERNELS)}")
     if setting == "on" and cpu.why_not():
         raise UnsupportedError(f"kernels 'on' asked for, but {cpu.why_not()}; use 'auto'")
     _on = setting != "off"
@@ -46,13 +43,13 @@ def _has_matrix_unit() -> bool:
     return cpu.has_matrix_unit()
 
 
-def describe(device: torch.device) -> dict[str, str]:
-    """What runs on a device: "products" and "attention", and "tokens", which is all that is done between them."""
-    if device.type != "cpu":
-        return dict.fromkeys(("products", "attention", "tokens"), "torch")
-    if not _on or not _there():
-        said = f"torch ({'kernels are off' if not _on else cpu.why_not()})"
-        return dict.fromkeys(("products", "attention", "tokens"), said)
+def describe(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """What computes there: "attention", "linears", those of 8 bits ("int8"), and "tokens", all that is done between."""
+    if device.type != "cpu" or not _on or not _there() or dtype not in cpu.DTYPES:
+        why = "kernels are off" if not _on else cpu.why_not() if device.type == "cpu" else None
+        said = "torch" if why is None else f"torch ({why})"
+        return dict.fromkeys(("attention", "linears", "int8", "tokens"), said)
     ours = "flux_kernels (AVX-512)"
-    products = "torch (AMX)" if _has_matrix_unit() else ours
-    return {"products": products, "attention": products, "tokens": ours}
+    eight = "torch (AMX)" if _has_matrix_unit() else ours
+    wide = eight if dtype is torch.bfloat16 else f"torch ({str(dtype).removeprefix('torch.')})"
+    return {"attention": wide, "linears": wide, "int8": eight, "tokens": ours}

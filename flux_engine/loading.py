@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from flux_engine import hardware, hub
+from flux_engine import hardware, hub, kernels
 from flux_engine.addons import ControlNets, controlnet_specs, find_controlnets, find_redux
 from flux_engine.assemble import find_model
 from flux_engine.config import EngineConfig
@@ -76,6 +76,7 @@ def load(
     target = hardware.pick_device(config.device)
     compute = hardware.pick_dtype(config.dtype, target)
     hardware.pick_quantization(config.quantization, target)
+    kernels.choose(config.kernels)
     known = hub.manifests(config.weights)
     early = hub.spec_of(_named(model), known)
     if early is not None:  # what cannot be is refused before gigabytes are fetched

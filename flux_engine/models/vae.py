@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flux_engine import ops
 from flux_engine.attention import attention
 from flux_engine.models import vae_rows
 from flux_engine.models.layers import GroupNorm, NormSiLU
@@ -74,7 +75,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return ops.upsampled_conv(x, self.conv.weight, self.conv.bias)
 
 
 class Middle(nn.Module):

@@ -162,10 +162,34 @@ struct Sums {
     double sum = 0, squares = 0;
 };
 
+// Sums of channels from c on over some pixels, as long in registers as they last.
+template <int Vectors, class T>
+void sums_of(const T* origin, int64_t C, int64_t c, int64_t begin, int64_t end, float* sum, float* squares) {
+    Vec guess[Vectors], one[Vectors], two[Vectors];
+    Mask m[Vectors];
+    for (int i = 0; i < Vectors; ++i) {
+        m[i] = first(C - c - LANES * i);
+        guess[i] = read(origin + c + LANES * i, m[i]);
+        one[i] = two[i] = _mm512_setzero_ps();
+    }
+    for (int64_t pixel = begin; pixel < end; ++pixel) {
+        const T* at = origin + pixel * C + c;
+        for (int i = 0; i < Vectors; ++i) {
+            const Vec v = _mm512_sub_ps(read(at + LANES * i, m[i]), guess[i]);
+            one[i] = _mm512_add_ps(one[i], v);
+            two[i] = _mm512_fmadd_ps(v, v, two[i]);
+        }
+    }
+    for (int i = 0; i < Vectors; ++i) {
+        write(sum + LANES * i, one[i]);
+        write(squares + LANES * i, two[i]);
+    }
+}
+
 template <class T>
 void group_norm(const T* x, int64_t groups, const T* weight, const T* bias, bool silu_after, T* out, int64_t B, int64_t C,
                 int64_t pixels, float eps) {
-    const int64_t width = C / groups, piece = 1024, pieces = (pixels + piece - 1) / piece;
+    const int64_t width = C / groups, piece = 256, pieces = (pixels + piece - 1) / piece;
     std::vector<Sums> parts(B * pieces * groups);
     std::vector<float> times(B * C), plus(B * C);
 #pragma omp parallel
@@ -174,21 +198,17 @@ void group_norm(const T* x, int64_t groups, const T* weight, const T* bias, bool
 #pragma omp for collapse(2)
         for (int64_t b = 0; b < B; ++b)
             for (int64_t p = 0; p < pieces; ++p) {
-                std::fill(sum.begin(), sum.end(), 0.0f);
-                std::fill(squares.begin(), squares.end(), 0.0f);
                 const T* origin = x + b * pixels * C;  // the first pixel is the guess
-                for (int64_t i = p * piece; i < std::min(pixels, (p + 1) * piece); ++i)
-                    for (int64_t c = 0; c < C; c += LANES) {
-                        const Mask m = first(C - c);
-                        const Vec v = _mm512_sub_ps(read(origin + i * C + c, m), read(origin + c, m));
-                        write(sum.data() + c, _mm512_add_ps(read(sum.data() + c), v));
-                        write(squares.data() + c, _mm512_fmadd_ps(v, v, read(squares.data() + c)));
-                    }
+                const int64_t begin = p * piece, end = std::min(pixels, begin + piece);
+                int64_t c = 0;
+                for (; c + 4 * LANES <= C; c += 4 * LANES) sums_of<4>(origin, C, c, begin, end, &sum[c], &squares[c]);
+                for (; c < C; c += LANES) sums_of<1>(origin, C, c, begin, end, &sum[c], &squares[c]);
                 // Of a group, whose channels have guesses of their own: around the guess of its first channel.
-                const double count = double(std::min(pixels, (p + 1) * piece) - p * piece);
-                for (int64_t c = 0; c < C; ++c) {
+                const double count = double(end - begin);
+                Sums* of = &parts[(b * pieces + p) * groups];
+                for (c = 0; c < C; ++c) {
                     const double off = double(number(origin[c])) - double(number(origin[c / width * width]));
-                    Sums& part = parts[(b * pieces + p) * groups + c / width];
+                    Sums& part = of[c / width];
                     part.sum += double(sum[c]) + count * off;
                     part.squares += double(squares[c]) + 2 * off * double(sum[c]) + count * off * off;
                 }

@@ -36,12 +36,22 @@ static inline Vec read(const bf16* p, Mask m) {
 }
 
 static inline void write(f32* p, Vec x) { _mm512_storeu_ps(p, x); }
-static inline void write(f32* p, Vec x, Mask m) { _mm512_mask_storeu_ps(p, m, x); }
+// Whole ones without a mask, whose stores are slow.
+static inline void write(f32* p, Vec x, Mask m) {
+    if (m == 0xffff)
+        write(p, x);
+    else
+        _mm512_mask_storeu_ps(p, m, x);
+}
 static inline void write(bf16* p, Vec x) {
     __m256bh half = _mm512_cvtneps_pbh(x);
     std::memcpy(p, &half, 32);
 }
 static inline void write(bf16* p, Vec x, Mask m) {
+    if (m == 0xffff) {
+        write(p, x);
+        return;
+    }
     __m256bh half = _mm512_cvtneps_pbh(x);
     __m256i bits;
     std::memcpy(&bits, &half, 32);
