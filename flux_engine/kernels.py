@@ -28,7 +28,8 @@ def usable(x: Tensor) -> bool:
 
 
 def multiplies(x: Tensor) -> bool:
-    """The same of products: not where the processor has a unit for matrices (AMX), which torch's own use."""
+    """The same of products and attention without 8 bits: not where the processor has a unit for matrices (AMX), which
+    torch's own use."""
     return usable(x) and not _has_matrix_unit()
 
 
@@ -50,6 +51,6 @@ def describe(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
         said = "torch" if why is None else f"torch ({why})"
         return dict.fromkeys(("attention", "linears", "int8", "tokens"), said)
     ours = "flux_kernels (AVX-512)"
-    eight = "torch (AMX)" if _has_matrix_unit() else ours
-    wide = eight if dtype is torch.bfloat16 else f"torch ({str(dtype).removeprefix('torch.')})"
-    return {"attention": wide, "linears": wide, "int8": eight, "tokens": ours}
+    products = "torch (AMX)" if _has_matrix_unit() else ours
+    wide = products if dtype is torch.bfloat16 else f"torch ({str(dtype).removeprefix('torch.')})"
+    return {"attention": wide, "linears": wide, "int8": products, "tokens": ours}

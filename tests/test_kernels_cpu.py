@@ -194,6 +194,20 @@ def test_products_of_8_bits(dtype: torch.dtype, size: tuple[int, int, int]) -> N
 
 
 @needs_kernels
+def test_where_there_is_a_unit_for_matrices_only_the_product_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x, residual, gate = layers()[1], *(some(2, 30, n, dtype=HALF) for n in (96, 80)), some(2, 1, 80, dtype=HALF)
+    found: list[Tensor] = []
+    for there in (True, False):
+        monkeypatch.setattr(cpu, "has_matrix_unit", lambda there=there: there)
+        found.append(linears.linear(layer, x, gelu=True, residual=residual, gate=gate))
+        said = kernels.describe(torch.device("cpu"), HALF)
+        assert said["int8"] == ("torch (AMX)" if there else "flux_kernels (AVX-512)")
+        assert said["tokens"] == "flux_kernels (AVX-512)"
+        assert kernels.multiplies(x) != there
+    assert torch.equal(*found)
+
+
+@needs_kernels
 @pytest.mark.parametrize("size", PRODUCTS, ids=str)
 def test_products_of_bfloat16(size: tuple[int, int, int]) -> None:
     tokens, inner, outer = size

@@ -125,7 +125,7 @@ class QuantizedLinear(nn.Module):
 
     def has_kernel(self, x: Tensor) -> bool:
         """Whether a kernel multiplies such tokens."""
-        return self.scheme is INT8 and kernels.multiplies(x) and self.in_features % 4 == 0
+        return self.scheme is INT8 and kernels.usable(x) and self.in_features % 4 == 0
 
     def product(self, values: Tensor, scales: Tensor, *after: Any) -> Tensor:
         """By a kernel: tokens (M, K) that are of 8 bits already, with scales (M,) -> (M, N). `after` is what

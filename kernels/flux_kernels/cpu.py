@@ -31,6 +31,7 @@ SIGNATURES = {
     "flux_group_norm": (P, N, P, P, FLAG, P, FLAG, N, N, N, c_float),
     "flux_attention": (P, P, P, P, P, N, N, N, N, N),
     "flux_int8_linear": (P, N, P, P, N, P, P, FLAG, N, P, N, P, N, N, P, N, FLAG, N, N, N),
+    "flux_int8_finish": (P, P, P, P, FLAG, N, P, N, P, N, N, P, N, FLAG, N, N),
     "flux_bf16_linear": (P, N, P, N, P, FLAG, N, P, N, P, N, N, P, N, N, N, N),
 }
 
@@ -54,7 +55,8 @@ def why_not() -> str | None:
 
 @cache
 def has_matrix_unit() -> bool:
-    """Whether the processor multiplies whole tiles (AMX), which these kernels do not: torch's own are faster there."""
+    """Whether the processor multiplies whole tiles (AMX), which these kernels do not: products are torch's there,
+    and what comes before and after them is done here all the same."""
     return bool(torch.cpu.get_capabilities().get("amx_tile"))
 
 
@@ -199,11 +201,15 @@ def int8_linear(
     """values (M, K) with scales (M,) times weight (N, K) with weight_scale (N,), plus bias (N,); GELU (tanh) of the
     columns from `gelu_from` on; times gate (B, 1, N), plus residual (B, L, N) -> (M, N). K is a multiple of 4."""
     out = values.new_empty((len(values), len(weight)), dtype=dtype)
-    after = _after(out, bias, gelu_from, residual, gate)
-    _library().flux_int8_linear(
-        *(values.data_ptr(), values.stride(0), scales.data_ptr(), weight.data_ptr(), weight.stride(0)),
-        *(weight_scale.data_ptr(), *after, int(dtype is torch.float32), len(values), *weight.shape),
-    )
+    after = (*_after(out, bias, gelu_from, residual, gate), int(dtype is torch.float32))
+    if has_matrix_unit():
+        sums = torch._int_mm(values, weight.t())
+        _library().flux_int8_finish(sums.data_ptr(), scales.data_ptr(), weight_scale.data_ptr(), *after, *sums.shape)
+    else:
+        _library().flux_int8_linear(
+            *(values.data_ptr(), values.stride(0), scales.data_ptr(), weight.data_ptr(), weight.stride(0)),
+            *(weight_scale.data_ptr(), *after, len(values), *weight.shape),
+        )
     return out
 
 

@@ -38,20 +38,21 @@ inline Vec finish(Vec y, const After& a, int64_t row, int64_t column, Mask m) {
     return y;
 }
 
+template <class T>
+inline void write_sum(const After& a, int64_t row, int64_t column, __m512i sum) {
+    const Mask m = first(a.N - column);
+    Vec y = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), splat(a.row_scale[row]));
+    y = _mm512_mul_ps(y, read(a.weight_scale + column, m));
+    write(static_cast<T*>(a.out) + row * a.out_stride + column, finish<T>(y, a, row, column, m), m);
+}
+
 template <class T, int Rows>
 void write_int8(const After& a, int64_t row, int64_t column, __m512i (&sums)[Rows][4]) {
     for (int i = 0; i < Rows; ++i) {
         // 128 was added to every number of the weight.
-        __m512i extra = _mm512_set1_epi32(a.row_sum[row + i] * 128);
-        Vec scale = splat(a.row_scale[row + i]);
-        for (int j = 0; j < 4; ++j) {
-            int64_t c = column + LANES * j;
-            if (c >= a.N) break;
-            Mask m = first(a.N - c);
-            Vec y = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[i][j], extra));
-            y = _mm512_mul_ps(_mm512_mul_ps(y, scale), read(a.weight_scale + c, m));
-            write(static_cast<T*>(a.out) + (row + i) * a.out_stride + c, finish<T>(y, a, row + i, c, m), m);
-        }
+        const __m512i extra = _mm512_set1_epi32(a.row_sum[row + i] * 128);
+        for (int j = 0; j < 4 && column + LANES * j < a.N; ++j)
+            write_sum<T>(a, row + i, column + LANES * j, _mm512_sub_epi32(sums[i][j], extra));
     }
 }
 
@@ -98,6 +99,24 @@ void flux_int8_linear(const int8_t* x, int64_t x_stride, const float* row_scale,
     else
         product<Int8>(x, x_stride, w, w_stride, M, N, K,
                       [&](int64_t row, int64_t column, auto& s) { write_int8<bf16>(a, row, column, s); });
+}
+
+// The same of a product that there is already, int32, rows dense: what a processor with a unit for matrices is left to do.
+void flux_int8_finish(const int32_t* sums, const float* row_scale, const float* weight_scale, const void* bias, int bias_wide,
+                      int64_t gelu_from, const void* residual, int64_t residual_stride, const void* gate,
+                      int64_t gate_stride, int64_t rows_of_batch, void* out, int64_t out_stride, int wide, int64_t M,
+                      int64_t N) {
+    After a{weight_scale, row_scale,       nullptr,     bias,          bool(bias_wide), gelu_from, residual,
+            gate,         residual_stride, gate_stride, rows_of_batch, out,             out_stride, N};
+#pragma omp parallel for
+    for (int64_t row = 0; row < M; ++row)
+        for (int64_t column = 0; column < N; column += LANES) {
+            const __m512i sum = _mm512_maskz_loadu_epi32(first(N - column), sums + row * N + column);
+            if (wide)
+                write_sum<f32>(a, row, column, sum);
+            else
+                write_sum<bf16>(a, row, column, sum);
+        }
 }
 
 // The same of bfloat16 numbers without scales. K is even.
