@@ -1,5 +1,9 @@
-"""Triton kernels for flux-engine, one file per op: kernel, checked wrapper, torch `reference`.
+"""Kernels for flux-engine: for CUDA in Triton (README.md beside this package), for processors in C++ (`cpu`).
 
-There are none yet: `flux_engine.ops` holds the torch definition of every op, which a kernel has to agree with. This
-package imports torch and triton only, never flux_engine.
+For CUDA there is one file per op: kernel, checked wrapper, torch `reference`. `flux_kernels.ops` makes them torch's
+operations. This package imports torch and triton only, never flux_engine, and this file neither.
 """
+
+from flux_kernels.errors import ArgumentError, KernelUnavailable
+
+__all__ = ["ArgumentError", "KernelUnavailable"]
