@@ -199,6 +199,7 @@ def test_where_there_is_a_unit_for_matrices_only_the_product_is_torchs(monkeypat
     found: list[Tensor] = []
     for there in (True, False):
         monkeypatch.setattr(cpu, "has_matrix_unit", lambda there=there: there)
+        kernels.choose("auto")
         found.append(linears.linear(layer, x, gelu=True, residual=residual, gate=gate))
         said = kernels.describe(torch.device("cpu"), HALF)
         assert said["int8"] == ("torch (AMX)" if there else "flux_kernels (AVX-512)")
@@ -367,6 +368,7 @@ def test_kernels_that_are_not_there_are_told(monkeypatch: pytest.MonkeyPatch) ->
         kernels.choose("on")
     with pytest.raises(UnsupportedError, match="kernels 'fast' is not one of auto, on, off"):
         EngineConfig(kernels="fast")
+    kernels.choose("auto")
     assert kernels.describe(torch.device("cpu"), HALF)["attention"] == "torch (they are not built)"
     assert kernels.describe(torch.device("meta"), HALF)["attention"] == "torch"
     x = some(1, 2, 8, dtype=HALF)
@@ -401,8 +403,12 @@ def test_what_is_missing_to_build_them_is_told(monkeypatch: pytest.MonkeyPatch, 
     assert build.library() != before  # what was built of other sources is not taken
 
 
-def test_importing_them_is_light() -> None:
-    code = "import sys, flux_kernels, flux_kernels.build; print('torch' in sys.modules)"
+@pytest.mark.parametrize(
+    ("module", "heavy"), [("flux_kernels.build", "torch"), ("flux_engine.linears", "torch._dynamo")]
+)
+def test_importing_them_is_light(module: str, heavy: str) -> None:
+    """torch.compile's machinery takes seconds to import."""
+    code = f"import sys, {module}; print({heavy!r} in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
