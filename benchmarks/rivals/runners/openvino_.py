@@ -5,6 +5,7 @@ What was converted is kept in the cache, so that later processes begin as a user
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +39,25 @@ def make(place: Path, case: dict[str, Any], options: set[str], cache: Path, thre
     saved = cache / "model.xml"
     core = ov.Core()
     if not saved.is_file():
-        model = converted(place, case["kind"], read[0])
+        # By way of a file that is mapped, so that torch's copy of the weights is gone before there is another one.
+        plain = cache / "plain.xml" if "int8" in options else saved
+        ov.save_model(converted(place, case["kind"], read[0]), plain, compress_to_fp16=False)
+        gc.collect()
         if "int8" in options:
             import nncf  # pyright: ignore[reportMissingImports]
 
             # Of the first and the last call: with one alone, the ranges do not hold at other times.
             samples = [arrays[call] for call in case["compared"]]
             model = nncf.quantize(
-                model, nncf.Dataset(samples), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(samples)
+                core.read_model(plain),
+                nncf.Dataset(samples),
+                model_type=nncf.ModelType.TRANSFORMER,
+                subset_size=len(samples),
             )
-        ov.save_model(model, saved, compress_to_fp16=False)
-        # What was just converted is compiled as it is: reading it again would count twice.
-    else:
-        model = core.read_model(saved)
+            ov.save_model(model, saved, compress_to_fp16=False)
+            del model
+            gc.collect()
+    model = core.read_model(saved)
     settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
     return OpenVINO(core.compile_model(model, "CPU", settings).create_infer_request(), arrays)
 
