@@ -66,17 +66,17 @@ static inline float number(bf16 x) {
     return out;
 }
 
-// 2 to the power of x: a polynomial of degree 5 on the fraction, 2e-7 relative. Below -126 it is 2 to the -126. What is
+// 2 to the power of x: a polynomial of degree 5 on the fraction, 1e-7 relative. Below -126 it is 2 to the -126. What is
 // not a number stays so: of two operands the maximum takes the second then.
 static inline Vec exp2(Vec x) {
     x = _mm512_max_ps(splat(-126.0f), x);
     Vec whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     Vec part = _mm512_sub_ps(x, whole);  // [-0.5, 0.5]
-    Vec y = splat(1.33996551e-3f);
-    y = _mm512_fmadd_ps(y, part, splat(9.61843319e-3f));
-    y = _mm512_fmadd_ps(y, part, splat(5.55032833e-2f));
-    y = _mm512_fmadd_ps(y, part, splat(2.40226504e-1f));
-    y = _mm512_fmadd_ps(y, part, splat(6.93147182e-1f));
+    Vec y = splat(1.32647269e-3f);
+    y = _mm512_fmadd_ps(y, part, splat(9.67151266e-3f));
+    y = _mm512_fmadd_ps(y, part, splat(5.55073374e-2f));
+    y = _mm512_fmadd_ps(y, part, splat(2.40222421e-1f));
+    y = _mm512_fmadd_ps(y, part, splat(6.93146978e-1f));
     y = _mm512_fmadd_ps(y, part, splat(1.0f));
     return _mm512_scalef_ps(y, whole);
 }
