@@ -146,6 +146,16 @@ def test_group_norms(dtype: torch.dtype, size: tuple[int, ...]) -> None:
 
 
 @needs_kernels
+def test_silu_after_a_norm_has_the_digits_of_float32() -> None:
+    """By itself: what it is given is the same norm without it. So the kernels' power of two is as exact as it says."""
+    x = some(1, 64, 33, 9, dtype=torch.float32, mean=0.0).contiguous(memory_format=torch.channels_last)
+    weight, bias = 4 * torch.ones(64), torch.zeros(64)
+    given = ops.group_norm(x, 4, weight, bias, 1e-5).double()
+    found = ops.group_norm_silu(x, 4, weight, bias, 1e-5)
+    assert (found / F.silu(given) - 1).abs().max() <= 2e-6
+
+
+@needs_kernels
 @pytest.mark.parametrize("size", [(1, 2, 5, 7, 64), (2, 3, 130, 77, 64), (1, 1, 97, 700, 512), (2, 2, 100, 300, 16),
                                   (1, 2, 96, 257, 40), (1, 1, 1, 1, 2), (1, 2, 300, 256, 128)], ids=str)  # fmt: skip
 def test_attention(size: tuple[int, ...]) -> None:
