@@ -43,7 +43,7 @@ def the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def exact_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's own norms, theirs and ours where no kernel computes them, in float64. In float32 and channels last they
-    lose digits where a group's mean is many times its deviation (12 here): 1e-4 of the latent, and the kernels do not."""
+    lose digits where a group's mean is many times its deviation (12 here): 1e-4 of the latent. The kernels do not."""
     norm = functional.group_norm
 
     def exact(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
