@@ -13,6 +13,7 @@ from flux_engine.errors import UnsupportedError
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MEMORY = ("auto", "resident", "evict")
 KERNELS = ("auto", "on", "off")
+COMPILE = ("off", "default", "max-autotune")
 QUANTIZATIONS = ("auto", "none", "int8", "fp8", "fp8-storage", "both")
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -22,7 +23,8 @@ class EngineConfig:
     """Choices made once, when a model is loaded.
 
     Environment variables give the defaults: FLUX_ENGINE_DEVICE, FLUX_ENGINE_DTYPE, FLUX_ENGINE_QUANTIZATION,
-    FLUX_ENGINE_MEMORY, FLUX_ENGINE_KERNELS, FLUX_ENGINE_WEIGHTS, FLUX_ENGINE_CACHE.
+    FLUX_ENGINE_MEMORY, FLUX_ENGINE_KERNELS, FLUX_ENGINE_COMPILE, FLUX_ENGINE_COMPILE_CACHE, FLUX_ENGINE_CUDA_GRAPHS,
+    FLUX_ENGINE_WEIGHTS, FLUX_ENGINE_CACHE.
     """
 
     device: str = "auto"
@@ -41,6 +43,13 @@ class EngineConfig:
     kernels: str = "auto"
     """Whether flux_kernels compute on a processor: "auto" where they can (`Engine.describe()` says why not), "on" or an
     error, "off" for torch's own operations. For the whole process: the last engine that was loaded decides."""
+    compile: str = "off"
+    """"default" has torch.compile make graphs of the networks' blocks, for any size (compiling.py); "max-autotune"
+    tries kernels as well, which takes minutes; "off" runs them as they are."""
+    compile_cache: Path | None = None
+    """A folder that keeps what was compiled, for the next process; None for the folder that torch takes."""
+    cuda_graphs: bool = False
+    """Whether calls of the networks are captured as CUDA graphs, one for each size; for models that stay on a card."""
     embedding_cache: int = 64
     """How many encoded prompts are kept; 0 keeps none."""
     weights: Path | None = None
@@ -65,6 +74,10 @@ class EngineConfig:
             raise UnsupportedError(f"quantization {self.quantization!r} is not one of {', '.join(QUANTIZATIONS)}")
         if self.kernels not in KERNELS:
             raise UnsupportedError(f"kernels {self.kernels!r} is not one of {', '.join(KERNELS)}")
+        if self.compile not in COMPILE:
+            raise UnsupportedError(f"compile {self.compile!r} is not one of {', '.join(COMPILE)}")
+        if not isinstance(self.cuda_graphs, bool):
+            raise UnsupportedError(f"cuda_graphs {self.cuda_graphs!r} is neither True nor False")
         if self.memory not in MEMORY:
             self.bytes_of_memory()
         if not isinstance(self.embedding_cache, int):
@@ -91,6 +104,9 @@ class EngineConfig:
         dtype: str | None = None,
         quantization: str | None = None,
         memory: str | int | None = None,
+        compile: str | None = None,
+        compile_cache: str | os.PathLike[str] | None = None,
+        cuda_graphs: bool | None = None,
         embedding_cache: int = 64,
         environment: Mapping[str, str] = os.environ,
     ) -> EngineConfig:
@@ -102,13 +118,18 @@ class EngineConfig:
             quantization=quantization or environment.get("FLUX_ENGINE_QUANTIZATION", "none"),
             memory=environment.get("FLUX_ENGINE_MEMORY", "auto") if memory is None else memory,
             kernels=environment.get("FLUX_ENGINE_KERNELS", "auto"),
+            compile=environment.get("FLUX_ENGINE_COMPILE", "off") if compile is None else compile,
+            compile_cache=_path(
+                environment.get("FLUX_ENGINE_COMPILE_CACHE") if compile_cache is None else compile_cache
+            ),
+            cuda_graphs=_switch(environment, "FLUX_ENGINE_CUDA_GRAPHS") if cuda_graphs is None else cuda_graphs,
             embedding_cache=embedding_cache,
             weights=Path(weights) if weights else None,
             cache=_cache(environment),
             lora_cache=_bytes_of(environment, "FLUX_ENGINE_LORA_CACHE", cls.lora_cache),
             civitai_api_token=environment.get("CIVITAI_API_TOKEN"),
             replicate_api_token=environment.get("REPLICATE_API_TOKEN"),
-            offline=environment.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"),
+            offline=_switch(environment, "HF_HUB_OFFLINE"),
         )
 
 
@@ -123,6 +144,14 @@ def parse_bytes(said: str | int) -> int:
     if size <= 0:
         raise ValueError(said)
     return size
+
+
+def _switch(environment: Mapping[str, str], name: str) -> bool:
+    return environment.get(name, "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def _path(said: str | os.PathLike[str] | None) -> Path | None:
+    return Path(said) if said else None
 
 
 def _bytes_of(environment: Mapping[str, str], name: str, otherwise: int) -> int:

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 from flux_engine import hardware, images, kernels
+from flux_engine.compiling import Running
 from flux_engine.config import EngineConfig
 from flux_engine.errors import InvalidRequest, OutputError, WeightsError, did_you_mean
+from flux_engine.examples import examples
 from flux_engine.families.base import Family
 from flux_engine.families.sdxl import SDXLFamily
 from flux_engine.inputs.loras import checked_loras
@@ -59,9 +61,12 @@ class Engine:
         slow: Family[Any] | None = None,
         load_seconds: float = 0.0,
         find_lora: Callable[[Named], Found] | None = None,
+        running: Running | None = None,
     ) -> None:
         """`slow` is the same model in full precision, for requests that ask for it. `find_lora` gives the file of what
-        names a LoRA; by default with what the environment says."""
+        names a LoRA; by default with what the environment says. `running` is how networks are called, if it is not as
+        they are."""
+        self._running = running or Running()
         self._pipeline = Pipeline(family)
         self._slow = None if slow is None else Pipeline(slow)
         self._lock = threading.Lock()
@@ -106,6 +111,8 @@ class Engine:
                 family.text.clear()
             if family.precompute is not None:
                 family.precompute.forget()
+        if self._running.captured is not None:
+            self._running.captured.forget_moved()
 
     def _learn(self, found: Inversion | None) -> None:
         """Tokens that came with a LoRA."""
@@ -163,7 +170,7 @@ class Engine:
         job = request.resolve(self._spec_with(mode))
         chosen = None if job.loras is None else self.lora.find(job.loras, strict=request.strict)
         pipeline = self._slow if job.go_fast is False and self._slow else self._pipeline
-        with self._turn(cancel), memory_errors(f"{job.width}x{job.height}"):
+        with self._turn(cancel), self._running() as made, memory_errors(f"{job.width}x{job.height}"):
             self.lora.use(chosen)
             if job.spec != self._pipeline.family.spec:  # another thread has set other LoRAs
                 job = request.resolve(self._pipeline.family.spec)
@@ -173,12 +180,31 @@ class Engine:
             images=[_convert(picture, job) for picture in output.pictures],
             job=job,
             timings=output.timings,
-            notes=(*job.notes, *_otherwise(job, pipeline.family.quantization), *notes, *output.notes),
+            notes=(*job.notes, *_otherwise(job, pipeline.family.quantization), *notes, *output.notes, *made()),
             controls=output.maps,
             quantization=pipeline.family.quantization,
             loras=applied,
             moved=output.moved,
         )
+
+    def warm_up(self, requests: Sequence[Request] | None = None, *, hot: Sequence[Request] = ()) -> int:
+        """Compile what requests need before they come; returns how many graphs that made.
+
+        `requests` are examples, which are run; by default small ones after which no request needs another graph. Those
+        of `hot` are run, too, and from then on requests of the same size have graphs in which that size is a constant:
+        faster, at the price of their own compilation. Without `compile` it only runs them.
+        """
+        graphs = self._running.compiled
+        if hot and graphs is None:
+            raise InvalidRequest("hot sizes are of compiled graphs: load the model with compile='default'")
+        before = graphs.made if graphs else 0
+        for request in examples(self.spec) if requests is None else requests:
+            self.run(request)
+        for request in hot:
+            assert graphs is not None
+            with graphs.heating():
+                self.run(request)
+        return graphs.made - before if graphs else 0
 
     def load_textual_inversion(self, path: str | os.PathLike[str]) -> Inversion:
         """Learn tokens for an SDXL model, instead of those learned before; returns what was found.
@@ -237,6 +263,7 @@ class Engine:
                 for name, net in networks.items()
             },
             "kernels": kernels.describe(family.net.device, family.net.dtype),
+            **self._running.describe(),
             "load_seconds": round(self.load_seconds, 3),
         }
 

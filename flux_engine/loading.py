@@ -12,6 +12,7 @@ import torch
 from flux_engine import hardware, hub, kernels
 from flux_engine.addons import ControlNets, controlnet_specs, find_controlnets, find_redux
 from flux_engine.assemble import find_model
+from flux_engine.compiling import prepared
 from flux_engine.config import EngineConfig
 from flux_engine.engine import Engine
 from flux_engine.errors import InvalidRequest, UnsupportedError
@@ -36,6 +37,9 @@ def load(
     dtype: str | torch.dtype | None = None,
     quantization: str | None = None,
     memory: str | int | None = None,
+    compile: str | None = None,
+    compile_cache: str | os.PathLike[str] | None = None,
+    cuda_graphs: bool | None = None,
     embedding_cache: int = 64,
     revision: str | None = None,
     variant: str | None = None,
@@ -55,13 +59,16 @@ def load(
     the machine multiplies, or "none", which is the default unless FLUX_ENGINE_QUANTIZATION says otherwise. A model that
     `quantize` saved is loaded as it was saved; "both" loads 8 bits and full precision, for requests that say `go_fast`.
     `memory` is how much the model and its work may take, as "12GB": what has no room leaves while others are needed.
-    "auto" is what is free, "resident" lets nothing leave, "evict" what is read once for a prompt. `embedding_cache` is
-    the number of encoded prompts to keep. `revision` is a branch, tag or commit of the repository, `variant` one of the
-    kinds of files in it, as "fp16"; `offline`, like HF_HUB_OFFLINE=1, takes files from the hub's local cache only.
-    `refiner` is an SDXL refiner to load with an SDXL model, for requests that say `refine`. `controlnets` are
-    ControlNets for requests that bring `control` pictures: kinds ("canny") or names that `flux-engine models --all`
-    lists, or {"canny": a file or repository}. `redux` is the adapter for FLUX.1 that reads pictures as prompts.
-    `loras` are merged at once, as by `engine.lora.set`.
+    "auto" is what is free, "resident" lets nothing leave, "evict" what is read once for a prompt. `compile` is
+    "default" for torch.compile's graphs of the blocks, "max-autotune" to try kernels as well, or "off";
+    `compile_cache` is a folder that keeps them for the next process, and `Engine.warm_up` makes them before they are
+    needed. `cuda_graphs` captures a network's calls, so that the card does not wait for the processor.
+    `embedding_cache` is the number of encoded prompts to keep. `revision` is a branch, tag or commit of the repository,
+    `variant` one of the kinds of files in it, as "fp16"; `offline`, like HF_HUB_OFFLINE=1, takes files from the hub's
+    local cache only. `refiner` is an SDXL refiner to load with an SDXL model, for requests that say `refine`.
+    `controlnets` are ControlNets for requests that bring `control` pictures: kinds ("canny") or names that `flux-engine
+    models --all` lists, or {"canny": a file or repository}. `redux` is the adapter for FLUX.1 that reads pictures as
+    prompts. `loras` are merged at once, as by `engine.lora.set`.
     Raises UnknownModel, WeightsError, UnsupportedError or OutOfMemory, which is told before any weight is read if
     nothing fits; nothing stays loaded then.
     """
@@ -70,12 +77,17 @@ def load(
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         quantization=quantization,
         memory=memory,
+        compile=compile,
+        compile_cache=compile_cache,
+        cuda_graphs=cuda_graphs,
         embedding_cache=embedding_cache,
     )
     began = time.perf_counter()
     target = hardware.pick_device(config.device)
     compute = hardware.pick_dtype(config.dtype, target)
     hardware.pick_quantization(config.quantization, target)
+    if config.cuda_graphs and target.type != "cuda":
+        raise UnsupportedError(f"cuda_graphs asked for, but the device is {target}: graphs are captured on CUDA")
     kernels.choose(config.kernels)
     known = hub.manifests(config.weights)
     early = hub.spec_of(_named(model), known)
@@ -102,11 +114,12 @@ def load(
         if adapter is not None and isinstance(family, FluxFamily):
             family = family.with_redux(adapter)
         slow = family.in_full_precision(found.parts) if len(placing.schemes) > 1 else None
+    running = prepared(config, [family, *([slow] if slow else [])])
     seconds = time.perf_counter() - began
     schemes = " and ".join(placing.schemes)
     log.info("loaded %s on %s as %s, quantization %s, in %.2f s", model, target, compute, schemes, seconds)
     find_lora = finder(config, offline=offline)
-    engine = Engine(family, slow=slow, load_seconds=seconds, find_lora=find_lora)
+    engine = Engine(family, slow=slow, load_seconds=seconds, find_lora=find_lora, running=running)
     if loras:
         engine.lora.set(loras)
     return engine

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from flux_engine.bench.measure import Marks, begin_peak, peak
 from flux_engine.bench.runs import SYNTHETIC, Run, request_of
 from flux_engine.bench.statistics import Spread
 from flux_engine.bench.synthetic import Size, make, sizes_for, with_depth, work_of_step
+from flux_engine.compiling import Graphs
 from flux_engine.config import EngineConfig
 from flux_engine.errors import InvalidRequest
 from flux_engine.memory import memory_errors
@@ -34,16 +36,17 @@ class Setting:
     device: torch.device
     dtype: torch.dtype
     scheme: str
+    compile: str
 
     @classmethod
     def of(cls, run: Run) -> Setting:
         """Raises UnsupportedError for what this machine cannot do."""
         config = EngineConfig.from_environment(
-            device=run.device, dtype=run.dtype, quantization=run.quantization, memory=run.memory
+            device=run.device, dtype=run.dtype, quantization=run.quantization, memory=run.memory, compile=run.compile
         )
         device = hardware.pick_device(config.device)
         dtype = hardware.pick_dtype(config.dtype, device)
-        return cls(device, dtype, hardware.pick_quantization(config.quantization, device))
+        return cls(device, dtype, hardware.pick_quantization(config.quantization, device), config.compile)
 
 
 def measure(run: Run, say: Say = lambda line: None) -> dict[str, Any]:
@@ -63,12 +66,14 @@ def _of_network(run: Run, setting: Setting, say: Say) -> dict[str, Any]:
     extent = extent_of(job)
     batch = extent.pictures if decoding else extent.pictures * extent.rows
     size = Size(job.width, job.height, batch, 1 if decoding else job.num_inference_steps)
-    setting = Setting(setting.device, setting.dtype, "none") if decoding else setting
+    setting = replace(setting, scheme="none") if decoding else setting
     device = setting.device
     say(f"making {run.name}")
     began = time.perf_counter()
-    with torch.inference_mode(), memory_errors(f"{run.name}, {size.width}x{size.height}, batch {batch}"):
-        network = make(spec, size, device, setting.dtype, setting.scheme, decoding=decoding)
+    graphs = None if setting.compile == "off" else Graphs(setting.compile)
+    watched = graphs.watched() if graphs else nullcontext()
+    with watched, torch.inference_mode(), memory_errors(f"{run.name}, {size.width}x{size.height}, batch {batch}"):
+        network = make(spec, size, device, setting.dtype, setting.scheme, decoding=decoding, graphs=graphs)
         loaded = time.perf_counter() - began
         begin_peak(device)
         prompts: list[float] = []
@@ -113,7 +118,12 @@ def _of_model(run: Run, setting: Setting, say: Say) -> dict[str, Any]:
     say(f"loading {run.model}")
     began = time.perf_counter()
     engine = flux_engine.load(
-        run.model, device=run.device, dtype=run.dtype, quantization=run.quantization, memory=run.memory
+        run.model,
+        device=run.device,
+        dtype=run.dtype,
+        quantization=run.quantization,
+        memory=run.memory,
+        compile=run.compile,
     )
     loaded = time.perf_counter() - began
     request = request_of(engine.spec, run)
@@ -177,6 +187,7 @@ def _report(
         "device": hardware.describe(setting.device),
         "dtype": str(setting.dtype).removeprefix("torch."),
         "quantization": setting.scheme,
+        "compile": setting.compile,
         "kernels": kernels.describe(setting.device, setting.dtype),
         "width": size.width,
         "height": size.height,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from flux_engine.config import DTYPES, QUANTIZATIONS
+from flux_engine.config import COMPILE, DTYPES, QUANTIZATIONS
 from flux_engine.errors import InvalidRequest, did_you_mean
 from flux_engine.request import Request
 from flux_engine.specs import FLUX_DEV, FLUX_SCHNELL, SDXL, ModelSpec
@@ -34,6 +34,7 @@ class Run:
     dtype: str | None = None
     quantization: str | None = None
     memory: str | None = None
+    compile: str | None = None
     width: int | None = None
     height: int | None = None
     pictures: int = 1
@@ -52,7 +53,11 @@ class Run:
             raise InvalidRequest(f"--synthetic {self.synthetic!r} is not one of {known}")
         if self.depth is not None and self.synthetic not in ("flux", "flux-dev"):
             raise InvalidRequest("--depth is for --synthetic flux and flux-dev: others are as deep as they are")
-        for name, value, among in (("dtype", self.dtype, DTYPES), ("quantization", self.quantization, QUANTIZATIONS)):
+        for name, value, among in (
+            ("dtype", self.dtype, DTYPES),
+            ("quantization", self.quantization, QUANTIZATIONS),
+            ("compile", self.compile, COMPILE),
+        ):
             if value is not None and value not in among:
                 raise InvalidRequest(f"--{name} {value!r} is not one of {', '.join(among)}")
         if self.synthetic and self.quantization == "both":

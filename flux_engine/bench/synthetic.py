@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from flux_engine import hardware, work
 from flux_engine.bench.ceilings import Sizes
+from flux_engine.compiling import Graphs
 from flux_engine.errors import OutOfMemory
 from flux_engine.families.base import channels_last
 from flux_engine.families.flux import image_ids
 from flux_engine.footprint import DTYPES
 from flux_engine.models.flux import Flux
+from flux_engine.models.layers import Runner, directly
 from flux_engine.models.unet import UNet
 from flux_engine.models.vae import AutoEncoder
 from flux_engine.plan import said
@@ -97,10 +99,17 @@ def with_depth(spec: ModelSpec, depth: tuple[int, int] | None) -> ModelSpec:
 
 
 def make(
-    spec: ModelSpec, size: Size, device: torch.device, dtype: torch.dtype, scheme: str, *, decoding: bool = False
+    spec: ModelSpec,
+    size: Size,
+    device: torch.device,
+    dtype: torch.dtype,
+    scheme: str,
+    *,
+    decoding: bool = False,
+    graphs: Graphs | None = None,
 ) -> Network:
-    """The network of a model, or its autoencoder. Raises OutOfMemory, before any number is drawn, for one that does
-    not fit."""
+    """The network of a model, or its autoencoder, as it is or by `graphs`. Raises OutOfMemory, before any number is
+    drawn, for one that does not fit."""
     with torch.device("meta"):
         if decoding:
             net: Any = AutoEncoder(spec.vae).decoder
@@ -133,7 +142,9 @@ def make(
     net.eval()
     if not isinstance(net, Flux):
         channels_last(net)
-    return _fed(net, spec, size, device, dtype)
+    if graphs is not None:
+        graphs.attach([net])
+    return _fed(net, spec, size, device, dtype, graphs.call if graphs else directly)
 
 
 def _filled(parameter: Tensor, leaf: str, numbers: Tensor, dtype: torch.dtype) -> nn.Parameter:
@@ -146,7 +157,9 @@ def _filled(parameter: Tensor, leaf: str, numbers: Tensor, dtype: torch.dtype) -
     return nn.Parameter(few.repeat(-(-count // len(few)))[:count].view(parameter.shape), requires_grad=False)
 
 
-def _fed(net: Any, spec: ModelSpec, size: Size, device: torch.device, dtype: torch.dtype) -> Network:
+def _fed(
+    net: Any, spec: ModelSpec, size: Size, device: torch.device, dtype: torch.dtype, call_decoder: Runner
+) -> Network:
     h, w, B = size.height // spec.vae.downscale, size.width // spec.vae.downscale, size.batch
     generator = torch.Generator(device).manual_seed(1)
 
@@ -167,7 +180,7 @@ def _fed(net: Any, spec: ModelSpec, size: Size, device: torch.device, dtype: tor
     latent = random(B, spec.vae.latent_channels, h, w)
     if not isinstance(net, UNet):
         latent = latent.to(dtype)
-        return Network(net, lambda: None, lambda call, statics: net(latent))
+        return Network(net, lambda: None, lambda call, statics: call_decoder(net, latent))
     context, params = random(B, SDXL_TOKENS, net.params.cross_attention_dim), net.params
     time_ids = torch.tensor([[size.height, size.width, 0, 0, size.height, size.width]] * B, device=device).float()
     pooled = random(B, params.add_embed_dim - time_ids.shape[1] * 256)

@@ -9,7 +9,7 @@ from typing import Any
 
 from flux_engine.bench.runs import PRESETS, SWEEPS, SYNTHETIC, Run, find_preset, parse_depth, points_of, preset_for
 from flux_engine.cli.output import show, tell
-from flux_engine.config import DTYPES, MEMORY, QUANTIZATIONS
+from flux_engine.config import COMPILE, DTYPES, MEMORY, QUANTIZATIONS
 from flux_engine.errors import InvalidRequest, OutOfMemory, UnsupportedError
 
 
@@ -31,6 +31,7 @@ def add(commands: Any) -> None:
     how.add_argument("--dtype", help=", ".join(DTYPES))
     how.add_argument("--quantization", metavar="SCHEME", help=", ".join(QUANTIZATIONS))
     how.add_argument("--memory", metavar="SIZE", help=f"that a model may take, as 12GB; or {', '.join(MEMORY)}")
+    how.add_argument("--compile", metavar="MODE", help=", ".join(COMPILE))
     how.add_argument("--width", type=int)
     how.add_argument("--height", type=int)
     how.add_argument("--pictures", type=int, default=1, metavar="N", help="at once")
@@ -54,6 +55,7 @@ def _bench(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         quantization=args.quantization,
         memory=args.memory,
+        compile=args.compile,
         width=args.width,
         height=args.height,
         pictures=args.pictures,
@@ -70,8 +72,8 @@ def _bench(args: argparse.Namespace) -> None:
 
 def _preset(args: argparse.Namespace) -> None:
     """Every run of it; one that does not fit is told, and the others go on."""
-    given = [name for name in ("model", "synthetic", "depth", "sweep", "dtype", "quantization", "width", "height",
-                               "steps", "memory") if getattr(args, name) is not None]  # fmt: skip
+    given = [name for name in ("model", "synthetic", "depth", "sweep", "dtype", "quantization", "compile", "width",
+                               "height", "steps", "memory") if getattr(args, name) is not None]  # fmt: skip
     if given:
         raise InvalidRequest(f"--preset says itself what is measured: leave out {', '.join(given)}")
     runs = None if args.preset == "auto" else find_preset(args.preset)

@@ -15,7 +15,7 @@ import flux_engine
 from flux_engine import files, hub
 from flux_engine.cli import sources
 from flux_engine.cli.output import show, since_process_start, tell
-from flux_engine.config import DTYPES, MEMORY, QUANTIZATIONS, EngineConfig
+from flux_engine.config import COMPILE, DTYPES, MEMORY, QUANTIZATIONS, EngineConfig
 from flux_engine.errors import InvalidRequest
 from flux_engine.lora.finding import refer
 from flux_engine.request import MATCH_INPUT_IMAGE, Job, Request
@@ -56,6 +56,8 @@ def _add_drawing(generate: argparse.ArgumentParser) -> None:
     generate.add_argument("--dtype", help=", ".join(DTYPES))
     generate.add_argument("--quantization", metavar="SCHEME", help=", ".join(QUANTIZATIONS))
     generate.add_argument("--memory", metavar="SIZE", help=f"that may be taken, as 12GB; or {', '.join(MEMORY)}")
+    generate.add_argument("--compile", metavar="MODE", help=f"{', '.join(COMPILE)}: graphs by torch.compile")
+    generate.add_argument("--compile-cache", metavar="FOLDER", help="that keeps what was compiled (see `warmup`)")
     generate.add_argument(
         "--lora",
         action="append",
@@ -96,7 +98,7 @@ def _lora(text: str) -> tuple[str, float]:
 
 def _generate(args: argparse.Namespace) -> None:
     config = EngineConfig.from_environment(
-        device=args.device, dtype=args.dtype, quantization=args.quantization, memory=args.memory
+        device=args.device, dtype=args.dtype, quantization=args.quantization, memory=args.memory, compile=args.compile
     )
     known = hub.manifests(config.weights)
     spec = refined(_spec(args.model, known, config), _spec(args.refiner, known, config) if args.refiner else None)
@@ -114,6 +116,8 @@ def _generate(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         quantization=args.quantization,
         memory=args.memory,
+        compile=args.compile,
+        compile_cache=args.compile_cache,
         refiner=args.refiner,
         controlnets=beside.controlnets,
         redux=beside.redux,

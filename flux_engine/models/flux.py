@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from flux_engine import ops
 from flux_engine.attention import attention
 from flux_engine.linears import Rows, linear, linear_and_gelu, modulated
-from flux_engine.models.layers import Residuals, merge_heads
+from flux_engine.models.layers import Network, Residuals, merge_heads
 from flux_engine.params import FluxParams, FluxTrunkParams
 
 
@@ -52,6 +52,14 @@ class TrunkStatics:
         calls = {name: _cat(parts) for name, parts in every.items() if name not in ("txt", "cos", "sin")}
         return replace(first, txt=torch.cat(every["txt"]), **calls)
 
+    def at(self, call: int) -> Self:
+        """What one call reads: the same without the axis of calls."""
+        return replace(
+            self,
+            double=tuple((img_mod[call], txt_mod[call]) for img_mod, txt_mod in self.double),
+            single=tuple(mod[call] for mod in self.single),
+        )
+
 
 def _cat(parts: Sequence[Any]) -> Any:
     """Several (S, B, ...), or tuples of them, as one batch."""
@@ -66,6 +74,9 @@ class FluxStatics(TrunkStatics):
 
     final: Tensor
     """(S, B, 2, 1, D): shift, scale of the last layer."""
+
+    def at(self, call: int) -> Self:
+        return replace(super().at(call), final=self.final[call])
 
 
 def patchify(latent: Tensor) -> Tensor:
@@ -227,9 +238,10 @@ class LastLayer(nn.Module):
         return self.linear(ops.layer_norm_modulate(x, shift, scale))
 
 
-class FluxTrunk(nn.Module):
+class FluxTrunk(Network):
     """What the transformer and its ControlNets have in common: the embeddings and the blocks."""
 
+    alike: ClassVar[bool] = True
     precomputed: ClassVar[str] = (
         r"(txt_in|time_in|vector_in|guidance_in|controlnet_mode_embedder)\..*"
         r"|.*_blocks\.\d+\.(img_mod|txt_mod|modulation)\..*|final_layer\.adaLN_modulation\..*"
@@ -326,21 +338,25 @@ class Flux(FluxTrunk):
         `residuals` are added to the image tokens after each block: a slot (B, Li, D) for every double block, then one
         for every single block.
         """
+        return self.call_step(self.predict, x, statics.at(call), residuals)
+
+    def predict(self, x: Tensor, statics: FluxStatics, residuals: Residuals | None) -> Tensor:
+        """`forward` with what one call reads of the statics."""
         img, txt = self.img_in(x.to(self.dtype)), statics.txt
         cos, sin = statics.cos, statics.sin
         slots = self._slots(residuals)
         depth = len(self.double_blocks)
         for block, (img_mod, txt_mod), residual in zip(self.double_blocks, statics.double, slots[:depth], strict=True):
-            img, txt = block(img, txt, img_mod[call], txt_mod[call], cos, sin)
+            img, txt = self.call_block(block, img, txt, img_mod, txt_mod, cos, sin)
             if residual is not None:
                 img = ops.add_residual(img, residual)
         length = txt.shape[1]
         joined = torch.cat((txt, img), dim=1)  # (B, Lt + Li, D)
         for block, mod, residual in zip(self.single_blocks, statics.single, slots[depth:], strict=True):
-            joined = block(joined, mod[call], cos, sin)
+            joined = self.call_block(block, joined, mod, cos, sin)
             if residual is not None:
                 joined = torch.cat((joined[:, :length], ops.add_residual(joined[:, length:], residual)), dim=1)
-        return self.final_layer(joined[:, length:], statics.final[call])
+        return self.final_layer(joined[:, length:], statics.final)
 
     def _slots(self, residuals: Residuals | None) -> Residuals:
         count = len(self.double_blocks) + len(self.single_blocks)

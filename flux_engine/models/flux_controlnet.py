@@ -97,17 +97,21 @@ class FluxControlNet(FluxTrunk):
         x (B, Li, in_channels), hint (B, Li, D) as `embed_hint` gave it. What the samples are to the base network,
         `residuals` says.
         """
+        return self.call_step(self.samples, x, hint, statics.at(call))
+
+    def samples(self, x: Tensor, hint: Tensor, statics: FluxControlNetStatics) -> tuple[Tensor, ...]:
+        """`forward` with what one call reads of the statics."""
         img, txt = self.img_in(x.to(self.dtype)) + hint, statics.txt
         cos, sin = statics.cos, statics.sin
         samples: list[Tensor] = []
         doubles = zip(self.double_blocks, self.controlnet_blocks, statics.double, strict=True)
         for block, out, (img_mod, txt_mod) in doubles:
-            img, txt = block(img, txt, img_mod[call], txt_mod[call], cos, sin)
+            img, txt = self.call_block(block, img, txt, img_mod, txt_mod, cos, sin)
             samples.append(out(img))
         joined = torch.cat((txt, img), dim=1)  # (B, Lt + Li, D)
         singles = zip(self.single_blocks, self.controlnet_single_blocks, statics.single, strict=True)
         for block, out, mod in singles:
-            joined = block(joined, mod[call], cos, sin)
+            joined = self.call_block(block, joined, mod, cos, sin)
             # Contiguous, because torch multiplies a strided batch by another path.
             samples.append(out(joined[:, txt.shape[1] :].contiguous()))
         return tuple(samples)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import add
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -13,6 +14,30 @@ from flux_engine import ops
 Residuals = tuple[Tensor | None, ...]
 """What ControlNets add inside a network: a slot for each place where something can be added, in the order in which the
 network comes to them, None where nothing is."""
+Runner = Callable[..., Any]
+"""Calls what it is given, a module or a method of one, with the rest: as it is, or by what was compiled of it."""
+
+
+def directly(what: Callable[..., Any], *args: Any) -> Any:
+    """The Runner of what is not compiled."""
+    return what(*args)
+
+
+class Network(nn.Module):
+    """A network that is called once for every step, and how its calls are made: compiling.py and capture.py put other
+    Runners there."""
+
+    precomputed: ClassVar[str]
+    """Parameters that calls do not read, as a regular expression."""
+    alike: ClassVar[bool]
+    """Whether blocks of one class have the same sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.call_step: Runner = directly
+        """Makes a whole call."""
+        self.call_block: Runner = directly
+        """Calls each of its blocks."""
 
 
 def add_residuals(parts: Sequence[Residuals]) -> Residuals:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flux_engine import ops
-from flux_engine.models.layers import NormSiLU, Residuals
+from flux_engine.models.layers import Network, NormSiLU, Residuals
 from flux_engine.models.unet_attention import CrossAttention, Transformer, UNetStatics
 from flux_engine.params import UNetEncoderParams, UNetParams
 
@@ -59,9 +59,9 @@ class ResnetBlock(nn.Module):
         self.number = 0
         """Which of the statics is this block's."""
 
-    def forward(self, x: Tensor, call: int, statics: UNetStatics) -> Tensor:
-        """(B, in_channels, h, w) -> (B, out_channels, h, w)."""
-        update = self.conv1(self.norm1(x)) + statics.time[self.number][call]
+    def forward(self, x: Tensor, statics: UNetStatics) -> Tensor:
+        """(B, in_channels, h, w) -> (B, out_channels, h, w). `statics` are those of one call."""
+        update = self.conv1(self.norm1(x)) + statics.time[self.number]
         update = self.conv2(self.norm2(update))
         return (self.conv_shortcut(x) if self.changes_width else x) + update
 
@@ -97,9 +97,9 @@ class Level(nn.Module):
             self.attentions = nn.ModuleList(Transformer(b, depth, params) for _, b in widths)
         self.attends = depth is not None
 
-    def block(self, i: int, x: Tensor, call: int, statics: UNetStatics) -> Tensor:
+    def block(self, i: int, x: Tensor, statics: UNetStatics) -> Tensor:
         """The i-th block."""
-        x = self.resnets[i](x, call, statics)
+        x = self.resnets[i](x, statics)
         return self.attentions[i](x, statics) if self.attends else x
 
 
@@ -113,11 +113,11 @@ class DownLevel(Level):
             self.downsamplers = nn.ModuleList([Downsample(widths[-1][1])])
         self.last = last
 
-    def forward(self, x: Tensor, call: int, statics: UNetStatics) -> list[Tensor]:
+    def forward(self, x: Tensor, statics: UNetStatics) -> list[Tensor]:
         """What every block gives, and the step down: for the way up, which begins with the last of them."""
         passed: list[Tensor] = []
         for i in range(len(self.resnets)):
-            x = self.block(i, x, call, statics)
+            x = self.block(i, x, statics)
             passed.append(x)
         if not self.last:
             passed.append(self.downsamplers[0](x))
@@ -134,10 +134,10 @@ class UpLevel(Level):
             self.upsamplers = nn.ModuleList([Upsample(widths[-1][1])])
         self.last = last
 
-    def forward(self, x: Tensor, passed: list[Tensor], call: int, statics: UNetStatics) -> Tensor:
+    def forward(self, x: Tensor, passed: list[Tensor], statics: UNetStatics) -> Tensor:
         """Takes off `passed` what it reads."""
         for i in range(len(self.resnets)):
-            x = self.block(i, torch.cat((x, passed.pop()), dim=1), call, statics)
+            x = self.block(i, torch.cat((x, passed.pop()), dim=1), statics)
         return x if self.last else self.upsamplers[0](x, passed[-1].shape[2:])
 
 
@@ -151,18 +151,19 @@ class Middle(nn.Module):
         if depth is not None:
             self.attentions = nn.ModuleList([Transformer(channels, depth, params)])
 
-    def forward(self, x: Tensor, call: int, statics: UNetStatics) -> Tensor:
-        x = self.resnets[0](x, call, statics)
-        return self.resnets[1](self.attentions[0](x, statics), call, statics) if self.attends else x
+    def forward(self, x: Tensor, statics: UNetStatics) -> Tensor:
+        x = self.resnets[0](x, statics)
+        return self.resnets[1](self.attentions[0](x, statics), statics) if self.attends else x
 
 
-class UNetEncoder(nn.Module):
+class UNetEncoder(Network):
     """What a UNet and its ControlNets have in common: the way down, and what is made once for a request.
 
     `depths` are transformer blocks in each attention of a resolution and `mid_depth` those of the middle, None where
     there is no attention.
     """
 
+    alike: ClassVar[bool] = False
     precomputed: ClassVar[str] = r"(time|add)_embedding\..*|.*\.time_emb_proj\..*|.*\.attn2\.to_kv\..*"
     """Parameters that only `precompute` reads, as a regular expression."""
     blocks: ClassVar[str] = r"(down_blocks|mid_block|up_blocks)\..*"
@@ -237,12 +238,12 @@ class UNetEncoder(nn.Module):
         """x (B, in_channels, h, w) -> (B, C, h, w), in the weights' dtype, channels last."""
         return self.conv_in(x.to(self.dtype).contiguous(memory_format=torch.channels_last))
 
-    def down(self, x: Tensor, call: int, statics: UNetStatics) -> list[Tensor]:
+    def down(self, x: Tensor, statics: UNetStatics) -> list[Tensor]:
         """From what `enter` gives to what is passed on the way down, that first: the middle reads the last of it, and
         the way up all of it."""
         passed = [x]
         for level in cast("Iterable[DownLevel]", self.down_blocks):
-            passed += level(passed[-1], call, statics)
+            passed += self.call_block(level, passed[-1], statics)
         return passed
 
 
@@ -279,14 +280,18 @@ class UNet(UNetEncoder):
 
         `residuals` are a ControlNet's: one for each that is passed on the way down, and the middle's last.
         """
-        passed = self.down(self.enter(x), call, statics)
-        x = self.mid_block(passed[-1], call, statics)
+        return self.call_step(self.predict, x, statics.at(call), residuals)
+
+    def predict(self, x: Tensor, statics: UNetStatics, residuals: Residuals | None) -> Tensor:
+        """`forward` with what one call reads of the statics."""
+        passed = self.down(self.enter(x), statics)
+        x = self.call_block(self.mid_block, passed[-1], statics)
         if residuals is not None:
             *passed, x = (
                 state if added is None else state + added for state, added in zip((*passed, x), residuals, strict=True)
             )
         for level in cast("Iterable[UpLevel]", self.up_blocks):
-            x = level(x, passed, call, statics)
+            x = self.call_block(level, x, passed, statics)
         return self.conv_out(self.conv_norm_out(x))
 
 

@@ -27,6 +27,10 @@ class UNetStatics:
     text: tuple[tuple[Tensor, Tensor], ...]
     """For each cross-attention the text's keys and values, each (B, H, L, D)."""
 
+    def at(self, call: int) -> UNetStatics:
+        """What one call reads: the same without the axis of calls."""
+        return UNetStatics(tuple(rows[call] for rows in self.time), self.text)
+
     @staticmethod
     def cat(parts: Sequence[UNetStatics]) -> UNetStatics:
         """The statics of several prompts as those of one batch."""

@@ -69,7 +69,11 @@ class UNetControlNet(UNetEncoder):
 
         x (B, in_channels, h, w): what the UNet reads. hint (B, C, h, w), or one for all: what `embed_hint` gave.
         """
-        passed = self.down(self.enter(x) + hint, call, statics)
-        passed.append(self.mid_block(passed[-1], call, statics))
+        return self.call_step(self.samples, x, hint, statics.at(call))
+
+    def samples(self, x: Tensor, hint: Tensor, statics: UNetStatics) -> Residuals:
+        """`forward` with what one call reads of the statics."""
+        passed = self.down(self.enter(x) + hint, statics)
+        passed.append(self.call_block(self.mid_block, passed[-1], statics))
         layers = (*self.controlnet_down_blocks, self.controlnet_mid_block)
         return tuple(layer(state) for layer, state in zip(layers, passed, strict=True))

@@ -317,11 +317,11 @@ OPERATIONS: dict[Callable[..., Any], tuple[str, Callable[..., Any]]] = {
     attention: ("(Tensor q, Tensor k, Tensor v) -> Tensor", lambda q, *_: _by_tokens(q)),
     int8_linear: (
         f"(Tensor values, Tensor scales, Tensor weight, Tensor weight_scale, {_AFTER}, ScalarType dtype) -> Tensor",
-        lambda values, scales, weight, *rest: values.new_empty((len(values), len(weight)), dtype=rest[-1]),
+        lambda values, scales, weight, *rest: values.new_empty((values.shape[0], weight.shape[0]), dtype=rest[-1]),
     ),
     bf16_linear: (
         f"(Tensor x, Tensor weight, {_AFTER}) -> Tensor",
-        lambda x, weight, *_: x.new_empty(x.numel() // x.shape[-1], len(weight)),
+        lambda x, weight, *_: x.new_empty(x.numel() // x.shape[-1], weight.shape[0]),
     ),
 }
 """Function -> its arguments and results as torch writes them, and what gives empty results of the same sizes."""
@@ -331,7 +331,8 @@ def _define() -> torch.library.Library:
     made = torch.library.Library("flux_cpu", "DEF")
     for function, (schema, empty) in OPERATIONS.items():
         name = function.__name__
-        made.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+        layout = torch.Tag.flexible_layout if function is group_norm else torch.Tag.needs_fixed_stride_order
+        made.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, layout))
         made.impl(name, function, "CPU")
         torch.library.register_fake(f"flux_cpu::{name}", empty, lib=made)
     return made
