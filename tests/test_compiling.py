@@ -18,7 +18,7 @@ from PIL import Image
 from torch._dynamo.utils import counters
 
 import flux_engine
-from flux_engine import InvalidRequest, LoRA, Request, UnsupportedError, compiling
+from flux_engine import InvalidRequest, LoRA, Request, UnsupportedError, cli, compiling
 from flux_engine.config import EngineConfig
 from flux_engine.engine import Engine
 from flux_engine.examples import examples
@@ -230,3 +230,26 @@ def test_examples_are_requests_of_the_model(model: str) -> None:
 def test_without_compile_dynamo_is_not_used() -> None:
     code = "import sys, flux_engine; flux_engine.load; print('torch._inductor.compile_fx' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_the_command_fills_a_folder(compiled: Engine, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        cli.main(["warmup", "demo-dev", "--dtype", "bfloat16", "--device", "cpu", "--save", str(cache), "--json"]) == 0
+    )
+    told = json.loads(capsys.readouterr().out)
+    assert told["graphs"] == 5 and told["compile"]["cache"] == str(next(cache.iterdir()))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--hot", "large"], "--hot 'large' is neither as 1024x1024 nor one of 1:1"),
+        (["--compile", "off"], "nothing to warm up"),
+        (["--compile", "fast"], "'fast' is not one of off, default"),
+        (["--hot", "4000x4000"], "4000"),
+        (["--hot", "1:1", "--num-outputs", "0"], "num_outputs 0"),
+    ],
+)
+def test_the_command_refuses(options: list[str], said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.main(["warmup", "demo-dev", "--device", "cpu", *options]) != 0
+    assert said in capsys.readouterr().err
