@@ -21,6 +21,7 @@ BUILT = SOURCES / "built"
 FLAGS = (
     *("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-fvisibility=default"),
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512bf16", "-mfma", "-mbmi2"),
+    *("-mamx-tile", "-mamx-int8", "-mamx-bf16"),
 )
 COMMAND = "python -m flux_kernels.build"
 
