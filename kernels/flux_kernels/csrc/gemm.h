@@ -15,8 +15,6 @@
 #include "tiles.h"
 #include "vectors.h"
 
-constexpr int COLUMNS = 64;  // of a strip
-
 // Memory of a thread that stays with it: what is larger than 128 KB comes from the system anew every time, page by page.
 struct Scratch {
     void* data = nullptr;
@@ -93,14 +91,16 @@ void product(const void* x, int64_t x_stride, const void* w, int64_t w_stride, i
              Done done) {
     using Number = typename Unit::Number;
     constexpr int ROWS = Unit::ROWS;
-    const int64_t strips = (N + COLUMNS - 1) / COLUMNS;
     const int64_t pieces = (bytes + Unit::DEPTH - 1) / Unit::DEPTH;
     const int64_t depth = ((bytes + pieces - 1) / pieces + 63) / 64 * 64;
-    const int64_t threads = omp_get_max_threads();
+    const int64_t threads = omp_get_max_threads(), strips = (N + COLUMNS - 1) / COLUMNS;
     // Few strips are cut by rows as well, so that no thread waits long for another.
-    int64_t cuts = std::max<int64_t>(1, std::min<int64_t>(M / 192, (8 * threads + strips - 1) / strips));
+    const int64_t wide = std::max<int64_t>(1, std::min<int64_t>(Unit::KEPT / (COLUMNS * depth), strips / (4 * threads)));
+    const int64_t panels = (strips + wide - 1) / wide;
+    int64_t cuts = std::max<int64_t>(1, std::min<int64_t>(M / 192, (8 * threads + panels - 1) / panels));
     if (pieces > 1) cuts = std::max<int64_t>(cuts, (M + 767) / 768);
     const int64_t height = ((M + cuts - 1) / cuts + ROWS - 1) / ROWS * ROWS;
+    const int64_t kept_rows = pieces > 1 ? height : ROWS;  // sums of how many rows are kept for the next piece
 
 #pragma omp parallel
     {
@@ -108,22 +108,29 @@ void product(const void* x, int64_t x_stride, const void* w, int64_t w_stride, i
         Scratch& turned = scratch<0>();
         Scratch& kept = scratch<1>();
 #pragma omp for schedule(dynamic) collapse(2)
-        for (int64_t strip = 0; strip < strips; ++strip) {
+        for (int64_t panel = 0; panel < panels; ++panel) {
             for (int64_t cut = 0; cut < cuts; ++cut) {
-                const int64_t top = cut * height, bottom = std::min(M, top + height), column = strip * COLUMNS;
+                const int64_t top = cut * height, bottom = std::min(M, top + height);
+                const int64_t left = panel * wide * COLUMNS, right = std::min(N, left + wide * COLUMNS);
                 if (top >= bottom) continue;
-                const int columns = int(std::min<int64_t>(COLUMNS, N - column));
-                char* strip_of = static_cast<char*>(turned.get(size_t(depth) * COLUMNS));
-                Number* sums = static_cast<Number*>(kept.get(size_t(pieces > 1 ? height : ROWS) * COLUMNS * 4));
+                char* strip = static_cast<char*>(turned.get(size_t(depth) * wide * COLUMNS));
+                Number* sums = static_cast<Number*>(kept.get(size_t(kept_rows) * wide * COLUMNS * 4));
                 for (int64_t begin = 0; begin < bytes; begin += depth) {
                     const int64_t some = std::min(depth, bytes - begin);
-                    turn<Unit>(static_cast<const char*>(w) + column * w_stride + begin, w_stride, columns, some, strip_of);
+                    for (int64_t column = left; column < right; column += COLUMNS)
+                        turn<Unit>(static_cast<const char*>(w) + column * w_stride + begin, w_stride,
+                                   int(std::min<int64_t>(COLUMNS, right - column)), some, strip + (column - left) * depth);
+                    const char* from = static_cast<const char*>(x) + begin;
                     for (int64_t row = top; row < bottom; row += ROWS) {
                         const int rows = int(std::min<int64_t>(ROWS, bottom - row));
-                        Number* at = sums + (pieces > 1 ? (row - top) * COLUMNS : 0);
-                        unit.block(static_cast<const char*>(x) + row * x_stride + begin, x_stride, rows, strip_of, some,
-                                   columns, at, begin == 0);
-                        if (begin + depth >= bytes) done(row, column, rows, at);
+                        for (int64_t column = left; column < right; column += COLUMNS) {
+                            const int64_t ahead = row + ROWS + (column - left) / COLUMNS * 16;
+                            Number* at = sums + (column - left) * kept_rows + (row - top) % kept_rows * COLUMNS;
+                            unit.block(from + row * x_stride, x_stride, rows, strip + (column - left) * depth, some,
+                                       int(std::min<int64_t>(COLUMNS, right - column)), at, begin == 0,
+                                       ahead < row + 2 * ROWS && ahead + 16 <= bottom ? from + ahead * x_stride : nullptr);
+                            if (begin + depth >= bytes) done(row, column, rows, at);
+                        }
                     }
                 }
             }

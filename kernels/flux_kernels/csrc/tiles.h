@@ -10,7 +10,8 @@ template <class Kind>
 struct Tiles {
     using Number = typename Kind::Number;
     static constexpr int ROWS = 32;
-    static constexpr int64_t DEPTH = 6144;  // bytes of a row that a strip holds: 64 stay in the second-level cache
+    // Bytes of a row that a strip holds, and of strips that stay in the second-level cache: x is read once for all of them.
+    static constexpr int64_t DEPTH = 6144, KEPT = 2 * COLUMNS * DEPTH;
     static __m512i turned(__m512i w) { return w; }
 
     int configured = 0;  // rows
@@ -37,8 +38,10 @@ struct Tiles {
         configured = rows;
     }
 
+    // Sums of `rows` rows of x with `columns` of a strip, on top of those that are there unless they are `fresh`.
+    // Meanwhile 16 rows from `next` on come nearer, if it is given: what reads them waits for memory otherwise.
     void block(const char* x, int64_t stride, int rows, const char* strip, int64_t bytes, int columns, Number* sums,
-               bool fresh) {
+               bool fresh, const char* next = nullptr) {
         configure(rows);
         const int64_t steps = bytes / 64, rest = bytes % 64;
         alignas(64) char tail[ROWS * 64];  // the last numbers, with zeros behind them: a tile has all its columns
@@ -48,16 +51,15 @@ struct Tiles {
                                    _mm512_maskz_loadu_epi32(first(rest / 4), x + i * stride + steps * 64));
         asm volatile("" ::: "memory");  // the compiler does not know that tiles are read from memory
         for (int half = 0; half < columns; half += 32) {
-            if (rows > 16)
-                part<true>(x, stride, strip + half * 4, steps, rest ? tail : nullptr, sums + half, fresh);
-            else
-                part<false>(x, stride, strip + half * 4, steps, rest ? tail : nullptr, sums + half, fresh);
+            const auto some = rows > 16 ? part<true> : part<false>;
+            some(x, stride, strip + half * 4, steps, rest ? tail : nullptr, sums + half, fresh,
+                 next ? next + half / 4 * stride : nullptr);
         }
     }
 
     template <bool Both>
     static void part(const char* x, int64_t stride, const char* strip, int64_t steps, const char* tail, Number* sums,
-                     bool fresh) {
+                     bool fresh, const char* next) {
         if (fresh) {
             _tile_zero(0);
             _tile_zero(1);
@@ -69,7 +71,11 @@ struct Tiles {
             if (Both) _tile_loadd(2, sums + 16 * 64, 256);
             if (Both) _tile_loadd(3, sums + 16 * 64 + 16, 256);
         }
-        for (int64_t s = 0; s < steps; ++s) step<Both>(x + s * 64, stride, strip + s * 4096);
+        for (int64_t s = 0; s < steps; ++s) {
+            step<Both>(x + s * 64, stride, strip + s * 4096);
+            if (!next) continue;
+            for (int i = 0; i < 8; ++i) _mm_prefetch(next + s * 64 + i * stride, _MM_HINT_T1);
+        }
         if (tail) step<Both>(tail, 64, strip + steps * 4096);
         _tile_stored(0, sums, 256);
         _tile_stored(1, sums + 16, 256);

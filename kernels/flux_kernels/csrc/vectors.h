@@ -20,10 +20,11 @@ template <class Kind>
 struct Vectors : Kind {
     using Number = typename Kind::Number;
     static constexpr int ROWS = 6;
-    static constexpr int64_t DEPTH = 6144;  // bytes of a row that a strip holds: 64 stay in the second-level cache
+    // Bytes of a row that a strip holds: 64 stay in the second-level cache. One strip at a time will do.
+    static constexpr int64_t DEPTH = 6144, KEPT = 0;
 
     static void block(const char* x, int64_t stride, int rows, const char* strip, int64_t bytes, int, Number* sums,
-                      bool fresh) {
+                      bool fresh, const char* = nullptr) {
         switch (rows) {
             case 1: return some<1>(x, stride, strip, bytes / 4, sums, fresh);
             case 2: return some<2>(x, stride, strip, bytes / 4, sums, fresh);
