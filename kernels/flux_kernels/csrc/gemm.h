@@ -95,7 +95,7 @@ void product(const void* x, int64_t x_stride, const void* w, int64_t w_stride, i
     const int64_t depth = ((bytes + pieces - 1) / pieces + 63) / 64 * 64;
     const int64_t threads = omp_get_max_threads(), strips = (N + COLUMNS - 1) / COLUMNS;
     // Few strips are cut by rows as well, so that no thread waits long for another.
-    const int64_t wide = std::max<int64_t>(1, std::min<int64_t>(Unit::KEPT / (COLUMNS * depth), strips / (4 * threads)));
+    const int64_t wide = std::max<int64_t>(1, std::min<int64_t>(Unit::KEPT / (COLUMNS * depth), strips / (2 * threads)));
     const int64_t panels = (strips + wide - 1) / wide;
     int64_t cuts = std::max<int64_t>(1, std::min<int64_t>(M / 192, (8 * threads + panels - 1) / panels));
     if (pieces > 1) cuts = std::max<int64_t>(cuts, (M + 767) / 768);
