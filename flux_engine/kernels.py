@@ -12,8 +12,8 @@ from torch import Tensor
 from flux_engine.errors import UnsupportedError
 
 _chosen: bool | None = None
-"""Whether kernels compute, where a processor does. A plain value, so that torch.compile has it for a constant; None until
-it is first asked for, or an engine is loaded."""
+"""Whether kernels compute, where a processor does. A plain value, so that torch.compile has it for a constant; None
+until it is first asked for, or an engine is loaded."""
 
 
 def choose(setting: str) -> None:
