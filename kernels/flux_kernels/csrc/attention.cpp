@@ -154,7 +154,8 @@ int attention(const bf16* q, const bf16* k, const bf16* v, bf16* out, const int6
                 turn<Unit>(ks.at(b, h, row), ks.row * 2, rows, D * 2, memory + head * k_size + row * k_row);
                 for (int64_t w = 0; w < wide; ++w) {
                     bf16* to = reinterpret_cast<bf16*>(values + head * v_size + (w * padded + row) * COLUMNS * 2);
-                    pair_up(vs.at(b, h, row) + w * COLUMNS, vs.row, rows, int(std::min<int64_t>(COLUMNS, D - w * COLUMNS)), to);
+                    pair_up(vs.at(b, h, row) + w * COLUMNS, vs.row, rows,
+                            int(std::min<int64_t>(COLUMNS, D - w * COLUMNS)), to);
                     const int64_t full = (rows + 1) / 2 * 2;
                     std::memset(static_cast<void*>(to + full * COLUMNS), 0, size_t(COLUMNS - full) * COLUMNS * 2);
                 }
@@ -179,8 +180,9 @@ int attention(const bf16* q, const bf16* k, const bf16* v, bf16* out, const int6
 
 extern "C" {
 
-// q (B, H, Lq, D), k and v (B, H, Lk, D) -> out (B, H, Lq, D), with any strides but of the last axis, which is 1. Strides
-// are those of q, k, v and out for B, H and L in this order, in numbers. D is even. Returns 1 where memory is short.
+// q (B, H, Lq, D), k and v (B, H, Lk, D) -> out (B, H, Lq, D), with any strides but of the last axis, which is 1.
+// Strides are those of q, k, v and out for B, H and L in this order, in numbers. D is even. Returns 1 where memory is
+// short.
 int flux_attention(const bf16* q, const bf16* k, const bf16* v, bf16* out, const int64_t* strides, int64_t B, int64_t H,
                    int64_t Lq, int64_t Lk, int64_t D) {
     return (tiles_chosen() ? attention<Bf16Tiles> : attention<Bf16Vectors>)(q, k, v, out, strides, B, H, Lq, Lk, D);

@@ -1,9 +1,9 @@
 // Products of tokens with weights, some rows and 64 columns at a time: by tiles (tiles.h) or registers (vectors.h).
 //
 // The weight is (N, K), row by row, as it is stored. A strip of 64 of its rows is turned so that 16 columns of the
-// result lie in one register, used for every row of tokens, and thrown away: that is a two-hundredth of the work for a
-// thousand tokens, so no weight is kept twice. The order of a sum depends on K alone, so a token has the same bits in
-// any batch and with any number of threads.
+// result lie in one register, or 16 of them in a tile, used for every row of tokens, and thrown away: that is a
+// two-hundredth of the work for a thousand tokens, by tiles a twentieth, so no weight is kept twice. The order of a sum
+// depends on K alone, so a token has the same bits in any batch and with any number of threads.
 #pragma once
 
 #include <omp.h>
@@ -15,7 +15,8 @@
 #include "tiles.h"
 #include "vectors.h"
 
-// Memory of a thread that stays with it: what is larger than 128 KB comes from the system anew every time, page by page.
+// Memory of a thread that stays with it, one for each number: what is larger than 128 KB comes from the system anew
+// every time, page by page.
 struct Scratch {
     void* data = nullptr;
     size_t size = 0;
@@ -63,8 +64,8 @@ static inline void transpose16(__m512i r[16]) {
     }
 }
 
-// `rows` (at most 64) rows of a matrix, `bytes` of each (a multiple of 4) -> (bytes / 4, 64) numbers of four bytes, with
-// zeros, before they are turned, for rows and bytes that are not there: up to a multiple of 64 bytes.
+// `rows` (at most 64) rows of a matrix, `bytes` of each (a multiple of 4) -> (bytes / 4, 64) numbers of four bytes,
+// with zeros, before they are turned, for rows and bytes that are not there: up to a multiple of 64 bytes.
 template <class Unit>
 void turn(const void* from, int64_t stride, int rows, int64_t bytes, void* to) {
     const char* source = static_cast<const char*>(from);
@@ -94,9 +95,10 @@ void product(const void* x, int64_t x_stride, const void* w, int64_t w_stride, i
     const int64_t pieces = (bytes + Unit::DEPTH - 1) / Unit::DEPTH;
     const int64_t depth = ((bytes + pieces - 1) / pieces + 63) / 64 * 64;
     const int64_t threads = omp_get_max_threads(), strips = (N + COLUMNS - 1) / COLUMNS;
-    // Few strips are cut by rows as well, so that no thread waits long for another.
-    const int64_t wide = std::max<int64_t>(1, std::min<int64_t>(Unit::KEPT / (COLUMNS * depth), strips / (2 * threads)));
+    const int64_t most = std::min(Unit::KEPT / (COLUMNS * depth), strips / (2 * threads));
+    const int64_t wide = std::max<int64_t>(1, most);  // strips of a panel, for which x is read once
     const int64_t panels = (strips + wide - 1) / wide;
+    // Few panels are cut by rows as well, so that no thread waits long for another.
     int64_t cuts = std::max<int64_t>(1, std::min<int64_t>(M / 192, (8 * threads + panels - 1) / panels));
     if (pieces > 1) cuts = std::max<int64_t>(cuts, (M + 767) / 768);
     const int64_t height = ((M + cuts - 1) / cuts + ROWS - 1) / ROWS * ROWS;
@@ -117,18 +119,20 @@ void product(const void* x, int64_t x_stride, const void* w, int64_t w_stride, i
                 Number* sums = static_cast<Number*>(kept.get(size_t(kept_rows) * wide * COLUMNS * 4));
                 for (int64_t begin = 0; begin < bytes; begin += depth) {
                     const int64_t some = std::min(depth, bytes - begin);
+                    const auto there = [&](int64_t column) { return int(std::min<int64_t>(COLUMNS, right - column)); };
                     for (int64_t column = left; column < right; column += COLUMNS)
-                        turn<Unit>(static_cast<const char*>(w) + column * w_stride + begin, w_stride,
-                                   int(std::min<int64_t>(COLUMNS, right - column)), some, strip + (column - left) * depth);
+                        turn<Unit>(static_cast<const char*>(w) + column * w_stride + begin, w_stride, there(column),
+                                   some, strip + (column - left) * depth);
                     const char* from = static_cast<const char*>(x) + begin;
                     for (int64_t row = top; row < bottom; row += ROWS) {
                         const int rows = int(std::min<int64_t>(ROWS, bottom - row));
                         for (int64_t column = left; column < right; column += COLUMNS) {
+                            // Of the next rows of x, 16 are fetched beside every strip.
                             const int64_t ahead = row + ROWS + (column - left) / COLUMNS * 16;
+                            const bool fetched = ahead < row + 2 * ROWS && ahead + 16 <= bottom;
                             Number* at = sums + (column - left) * kept_rows + (row - top) % kept_rows * COLUMNS;
                             unit.block(from + row * x_stride, x_stride, rows, strip + (column - left) * depth, some,
-                                       int(std::min<int64_t>(COLUMNS, right - column)), at, begin == 0,
-                                       ahead < row + 2 * ROWS && ahead + 16 <= bottom ? from + ahead * x_stride : nullptr);
+                                       there(column), at, begin == 0, fetched ? from + ahead * x_stride : nullptr);
                             if (begin + depth >= bytes) done(row, column, rows, at);
                         }
                     }

@@ -8,7 +8,7 @@ namespace {
 struct After {
     const float* weight_scale;  // (N,)
     const float* row_scale;     // (M,)
-    const int32_t* row_sum;     // (M,)
+    const int32_t* row_sum;     // (M,), or nothing where the weight is multiplied as it is
     const void* bias;           // (N,), in the dtype of the result or float32
     bool bias_wide;
     int64_t gelu_from;
@@ -53,14 +53,17 @@ void int8_linear(const After& a, const int8_t* x, int64_t x_stride, const int8_t
         for (int i = 0; i < rows; ++i) {
             // Vectors have 128 added to every number of the weight.
             const __m512i extra = _mm512_set1_epi32(a.row_sum ? a.row_sum[row + i] * 128 : 0);
-            for (int j = 0; j < COLUMNS && column + j < a.N; j += LANES)
-                write_int8<T>(a, row + i, column + j, _mm512_sub_epi32(_mm512_load_si512(sums + i * COLUMNS + j), extra));
+            for (int j = 0; j < COLUMNS && column + j < a.N; j += LANES) {
+                const __m512i sum = _mm512_load_si512(sums + i * COLUMNS + j);
+                write_int8<T>(a, row + i, column + j, _mm512_sub_epi32(sum, extra));
+            }
         }
     });
 }
 
 template <class Unit>
-void bf16_linear(const After& a, const bf16* x, int64_t x_stride, const bf16* w, int64_t w_stride, int64_t M, int64_t K) {
+void bf16_linear(const After& a, const bf16* x, int64_t x_stride, const bf16* w, int64_t w_stride, int64_t M,
+                 int64_t K) {
     product<Unit>(x, 2 * x_stride, w, 2 * w_stride, M, a.N, 2 * K,
                   [&](int64_t row, int64_t column, int rows, const float* sums) {
         for (int i = 0; i < rows; ++i)
@@ -91,8 +94,8 @@ extern "C" {
 // Strides are in numbers; `gelu_from` is a multiple of 16. K is a multiple of 4.
 void flux_int8_linear(const int8_t* x, int64_t x_stride, const float* row_scale, const int8_t* w, int64_t w_stride,
                       const float* weight_scale, const void* bias, int bias_wide, int64_t gelu_from,
-                      const void* residual, int64_t residual_stride, const void* gate, int64_t gate_stride, int64_t rows_of_batch, void* out,
-                      int64_t out_stride, int wide, int64_t M, int64_t N, int64_t K) {
+                      const void* residual, int64_t residual_stride, const void* gate, int64_t gate_stride,
+                      int64_t rows_of_batch, void* out, int64_t out_stride, int wide, int64_t M, int64_t N, int64_t K) {
     const bool tiles = tiles_chosen();
     std::unique_ptr<int32_t[]> sums(tiles ? nullptr : new int32_t[M]);
     if (!tiles) {
@@ -108,8 +111,9 @@ void flux_int8_linear(const int8_t* x, int64_t x_stride, const float* row_scale,
 
 // The same of bfloat16 numbers without scales. K is even.
 void flux_bf16_linear(const bf16* x, int64_t x_stride, const bf16* w, int64_t w_stride, const void* bias, int bias_wide,
-                      int64_t gelu_from, const void* residual, int64_t residual_stride, const void* gate, int64_t gate_stride,
-                      int64_t rows_of_batch, void* out, int64_t out_stride, int64_t M, int64_t N, int64_t K) {
+                      int64_t gelu_from, const void* residual, int64_t residual_stride, const void* gate,
+                      int64_t gate_stride, int64_t rows_of_batch, void* out, int64_t out_stride, int64_t M, int64_t N,
+                      int64_t K) {
     const After a{nullptr, nullptr,         nullptr,     bias,          bool(bias_wide), gelu_from, residual,
                   gate,    residual_stride, gate_stride, rows_of_batch, out,             out_stride, N};
     const auto linear = tiles_chosen() ? bf16_linear<Bf16Tiles> : bf16_linear<Bf16Vectors>;

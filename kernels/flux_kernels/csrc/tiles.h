@@ -10,7 +10,7 @@ template <class Kind>
 struct Tiles {
     using Number = typename Kind::Number;
     static constexpr int ROWS = 32;
-    // Bytes of a row that a strip holds, and of strips that stay in the second-level cache: x is read once for all of them.
+    // Bytes of a row that a strip holds, and of strips that stay in the second-level cache, for which x is read once.
     static constexpr int64_t DEPTH = 6144, KEPT = 2 * COLUMNS * DEPTH;
     static __m512i turned(__m512i w) { return w; }
 

@@ -62,9 +62,8 @@ struct Vectors : Kind {
 struct Int8OfVectors {
     using Number = int32_t;
     using Sum = __m512i;
-    static constexpr bool UNSIGNED = true;
     static Sum zero() { return _mm512_setzero_si512(); }
-    // The instruction multiplies unsigned by signed numbers: the weight has 128 added, whoever reads the sums takes it off.
+    // The instruction multiplies unsigned by signed numbers: the weight has 128 added, which is taken off the sums.
     static __m512i turned(__m512i w) { return _mm512_xor_si512(w, _mm512_set1_epi8(int8_t(0x80))); }
     static Sum add(Sum sum, __m512i w, __m512i x) { return _mm512_dpbusd_epi32(sum, w, x); }
     static Sum load(const Number* p) { return _mm512_load_si512(p); }
