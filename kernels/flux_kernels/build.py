@@ -1,7 +1,7 @@
 """Build the kernels for processors, once: `python -m flux_kernels.build`.
 
-They need a processor with AVX-512 (VNNI and BF16) and GCC, 11 or later; AMX is used where there is any. Without them everything works by torch's own operations,
-only slower, and `Engine.describe()` says so.
+They need a processor with AVX-512 (VNNI and BF16) and GCC, 11 or later; AMX is used where there is any. Without them
+everything works by torch's own operations, only slower, and `Engine.describe()` says so.
 """
 
 from __future__ import annotations
