@@ -202,7 +202,7 @@ def main() -> None:
             sys.stdout.write(f"| {case.name} | {' | '.join(cells)} | {case.unit} | {share:.2f} |\n")
             sys.stdout.flush()
     cpu.isa(usual)
-    line |= {"median": rates, "apart": round(statistics.median(apart), 3), "after": harness.load()}
+    line |= {"rates": rates, "apart": round(statistics.median(apart), 3), "after": harness.load()}
     line["machine"] = harness.machine()
     if args.save:
         harness.save(line, "cpu_kernels")
