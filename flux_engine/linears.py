@@ -95,7 +95,7 @@ def _by_kernel(
     if isinstance(x, Rows):
         assert isinstance(layer, QuantizedLinear)
         out = layer.product(x.values, x.scales, gelu_from, residual, gate, x.dtype)
-    elif type(layer) is nn.Linear and _alone(layer) and x.dtype is torch.bfloat16 and kernels.multiplies(x):
+    elif type(layer) is nn.Linear and _alone(layer) and kernels.multiplies(x):
         if layer.in_features % 2:
             return None
         out = torch.ops.flux_cpu.bf16_linear(x, layer.weight, layer.bias, gelu_from, residual, gate)

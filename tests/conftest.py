@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from flux_kernels import cpu
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -67,8 +68,8 @@ def in_shards(folder: Path, tensors: dict[str, Tensor]) -> Path:
 
 
 def assert_the_same(batch: torch.Tensor, singles: torch.Tensor, dtype: torch.dtype) -> None:
-    """To the bit; but AMX sums products of bfloat16 in an order that depends on how many rows there are."""
-    if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+    """To the bit; but torch's products of bfloat16 by AMX have an order of sums that depends on the number of rows."""
+    if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() and cpu.why_not():
         assert latent_error(batch, singles) <= 0.03
     else:
         assert torch.equal(batch, singles)

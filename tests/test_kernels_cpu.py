@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cpu_cases
 import pytest
 import torch
 import torch.nn.functional as F
+from cpu_cases import BOUND, HALF, OPS, both, close, layers, needs_kernels, some
 from flux_kernels import build, cpu
 from torch import Tensor, nn
 
@@ -23,30 +25,10 @@ from flux_engine.errors import UnsupportedError
 from flux_engine.lora import side
 from flux_engine.quantization.linears import INT8, QuantizedLinear, quantize_rows
 
-OPS = torch.ops.flux_cpu
-WIDE, HALF = torch.float32, torch.bfloat16
-BOUND = {WIDE: 1e-6, HALF: 5e-3}
-"""Of max |a - b| / max |b|: a rounding to bfloat16 is 0.004 of a number."""
-needs_kernels = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
-both = pytest.mark.parametrize("dtype", [WIDE, HALF], ids=["float32", "bfloat16"])
-
 
 @pytest.fixture(autouse=True)
 def without_gradients() -> Iterator[None]:
-    torch.manual_seed(0)
-    with torch.inference_mode():
-        yield
-    kernels.choose("auto")
-
-
-def close(found: Tensor, exact: Tensor, bound: float) -> None:
-    assert found.shape == exact.shape
-    error = (found.double() - exact.double()).abs().max() / exact.double().abs().max()
-    assert error <= bound, f"{error:.2e}"
-
-
-def some(*shape: int, dtype: torch.dtype, mean: float = 0.5) -> Tensor:
-    return (torch.randn(*shape) * 2 + mean).to(dtype)
+    yield from cpu_cases.without_gradients()
 
 
 def exact_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -94,25 +76,6 @@ def test_tokens_of_8_bits(dtype: torch.dtype, size: tuple[int, int, int]) -> Non
 
 
 @needs_kernels
-def test_rows_that_are_zero_or_not_finite() -> None:
-    x = some(5, 48, dtype=WIDE)
-    x[1], x[2, 3], x[3, 47], x[4, 0] = 0, float("nan"), float("inf"), -float("inf")
-    values, scales = OPS.quantize_rows(x)
-    assert torch.equal(scales.isfinite(), torch.tensor([True, True, False, False, False]))
-    assert not values[1].any()
-    assert scales[1] > 0
-    linear = QuantizedLinear.of(nn.Linear(48, 20), INT8)
-    assert torch.equal(linear(x).isfinite().all(dim=1), scales.isfinite())
-    for op in (ops.geglu, lambda x: ops.layer_norm(x, x[0], x[0], 1e-6)):
-        assert torch.equal(op(x[None]).isfinite().all(dim=2)[0], scales.isfinite())
-    q = some(1, 1, 5, 8, dtype=HALF)
-    bad = q.clone()
-    bad[0, 0, 2, 1] = float("nan")
-    assert torch.equal(attention(bad, q, q).isfinite().all(dim=3)[0, 0], torch.arange(5) != 2)
-    assert not attention(q, bad, q).isfinite().any()
-
-
-@needs_kernels
 @both
 @pytest.mark.parametrize("width", [8, 64, 100, 128])
 def test_queries_and_keys(dtype: torch.dtype, width: int) -> None:
@@ -156,91 +119,6 @@ def test_silu_after_a_norm_has_the_digits_of_float32() -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("size", [(1, 2, 5, 7, 64), (2, 3, 130, 77, 64), (1, 1, 97, 700, 512), (2, 2, 100, 300, 16),
-                                  (1, 2, 96, 257, 40), (1, 1, 1, 1, 2), (1, 2, 300, 256, 128)], ids=str)  # fmt: skip
-def test_attention(size: tuple[int, ...]) -> None:
-    batch, heads, queries, keys, width = size
-    q = some(batch, queries, heads, width, dtype=HALF, mean=0).transpose(1, 2)
-    k, v = some(2, batch, heads, keys, width, dtype=HALF, mean=0.0)
-    found, exact = attention(q, k, v), F.scaled_dot_product_attention(q.double(), k.double(), v.double())
-    close(found, exact, BOUND[HALF])
-    theirs = F.scaled_dot_product_attention(q, k, v)
-    assert (found - exact).norm() <= 1.1 * (theirs - exact).norm()
-    assert found.transpose(1, 2).is_contiguous()
-
-
-@needs_kernels
-def test_attention_to_what_is_far_below() -> None:
-    """Scores that are all far below zero are no reason for nothing to be left."""
-    q = torch.full((1, 1, 3, 64), 30.0, dtype=HALF)
-    v = some(1, 1, 70, 64, dtype=HALF)
-    close(
-        attention(q, -q[:, :, :1].expand(1, 1, 70, 64), v),
-        v.double().mean(dim=2, keepdim=True).expand(1, 1, 3, 64),
-        0.01,
-    )
-
-
-PRODUCTS = [(1, 16, 20), (7, 64, 70), (13, 12300, 130), (200, 96, 64), (5, 16388, 3)]
-
-
-@needs_kernels
-@both
-@pytest.mark.parametrize("size", PRODUCTS, ids=str)
-def test_products_of_8_bits(dtype: torch.dtype, size: tuple[int, int, int]) -> None:
-    """Sums are exact, whatever is done to them after."""
-    tokens, inner, outer = size
-    a, b = (
-        torch.randint(-128, 128, (tokens, inner), dtype=torch.int8),
-        torch.randint(-128, 128, (outer, inner), dtype=torch.int8),
-    )
-    scales, weight_scale, bias = torch.rand(tokens), torch.rand(outer), torch.randn(outer)
-    plain = (a.double() @ b.double().t()) * scales[:, None] * weight_scale
-    close(OPS.int8_linear(a, scales, b, weight_scale, None, None, None, None, dtype), plain, BOUND[dtype])
-    residual, gate = some(1, tokens, outer, dtype=dtype), some(1, 1, outer, dtype=dtype)
-    exact = residual.double() + gate.double() * F.gelu(plain + bias, approximate="tanh")
-    found = OPS.int8_linear(a, scales, b, weight_scale, bias, 0, residual, gate, dtype)
-    close(found, exact[0], BOUND[dtype])
-
-
-@needs_kernels
-def test_where_there_is_a_unit_for_matrices_only_the_product_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, x, residual, gate = layers()[1], *(some(2, 30, n, dtype=HALF) for n in (96, 80)), some(2, 1, 80, dtype=HALF)
-    found: list[Tensor] = []
-    for there in (True, False):
-        monkeypatch.setattr(cpu, "has_matrix_unit", lambda there=there: there)
-        kernels.choose("auto")
-        found.append(linears.linear(layer, x, gelu=True, residual=residual, gate=gate))
-        said = kernels.describe(torch.device("cpu"), HALF)
-        assert said["int8"] == ("torch (AMX)" if there else "flux_kernels (AVX-512)")
-        assert said["tokens"] == "flux_kernels (AVX-512)"
-        assert kernels.multiplies(x) != there
-    assert torch.equal(*found)
-
-
-@needs_kernels
-@pytest.mark.parametrize("size", PRODUCTS, ids=str)
-def test_products_of_bfloat16(size: tuple[int, int, int]) -> None:
-    tokens, inner, outer = size
-    x, linear = some(1, tokens, inner, dtype=HALF), nn.Linear(inner, outer).to(HALF)
-    exact = F.linear(x.double(), linear.weight.double(), linear.bias.double())
-    close(linears.linear(linear, x), exact, BOUND[HALF])
-    residual, gate = some(1, tokens, outer, dtype=HALF), some(1, 1, outer, dtype=HALF)
-    close(linears.linear(linear, x, residual=residual), residual.double() + exact, BOUND[HALF])
-    last = residual.double() + gate.double() * F.gelu(exact, approximate="tanh")
-    close(linears.linear(linear, x, gelu=True, residual=residual, gate=gate), last, BOUND[HALF])
-    if outer > 64:
-        head, tail = linears.linear_and_gelu(linear, x, 64)
-        close(head, exact[..., :64], BOUND[HALF])
-        close(tail, F.gelu(exact[..., 64:], approximate="tanh"), BOUND[HALF])
-
-
-def layers() -> list[nn.Module]:
-    linear = nn.Linear(96, 80).to(HALF)
-    return [linear, QuantizedLinear.of(linear, INT8)]
-
-
-@needs_kernels
 @pytest.mark.parametrize("kind", [0, 1], ids=["bfloat16", "int8"])
 def test_what_comes_before_and_after_a_linear_is_the_same_without_kernels(kind: int) -> None:
     layer = layers()[kind]
@@ -261,32 +139,6 @@ def test_what_comes_before_and_after_a_linear_is_the_same_without_kernels(kind: 
     kernels.choose("off")
     for found, plain in zip(with_them, results(), strict=True):
         close(found, plain, 0.02)
-
-
-@needs_kernels
-@pytest.mark.parametrize("kind", [0, 1], ids=["bfloat16", "int8"])
-def test_a_token_has_the_same_bits_in_any_batch_and_by_any_number_of_threads(kind: int) -> None:
-    layer, threads = layers()[kind], torch.get_num_threads()
-    x, shift, scale = some(3, 50, 96, dtype=HALF), some(3, 1, 96, dtype=HALF), some(3, 1, 96, dtype=HALF)
-    residual, gate = some(3, 50, 80, dtype=HALF), some(3, 1, 80, dtype=HALF)
-    picture = some(3, 64, 20, 20, dtype=HALF).contiguous(memory_format=torch.channels_last)
-    weight = some(64, dtype=HALF)
-
-    def results(rows: slice) -> list[Tensor]:
-        read = linears.modulated(layer, x[rows], shift[rows], scale[rows])
-        out = linears.linear(layer, read, gelu=True, residual=residual[rows], gate=gate[rows])
-        heads = out.unflatten(-1, (5, 16)).transpose(1, 2)
-        return [out, attention(heads, heads, heads), ops.group_norm_silu(picture[rows], 8, weight, weight, 1e-6)]
-
-    together = results(slice(0, 3))
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            for i in range(3):
-                for one, all_of in zip(results(slice(i, i + 1)), together, strict=True):
-                    assert torch.equal(one[0], all_of[i])
-    finally:
-        torch.set_num_threads(threads)
 
 
 @needs_kernels

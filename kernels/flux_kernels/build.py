@@ -1,7 +1,7 @@
 """Build the kernels for processors, once: `python -m flux_kernels.build`.
 
-They need a processor with AVX-512 (VNNI and BF16) and GCC. Without them everything works by torch's own operations,
-only slower, and `Engine.describe()` says so.
+They need a processor with AVX-512 (VNNI and BF16) and GCC, 11 or later; AMX is used where there is any. Without them
+everything works by torch's own operations, only slower, and `Engine.describe()` says so.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ BUILT = SOURCES / "built"
 FLAGS = (
     *("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-fvisibility=default"),
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512bf16", "-mfma", "-mbmi2"),
+    *("-mamx-tile", "-mamx-int8", "-mamx-bf16"),
 )
 COMMAND = "python -m flux_kernels.build"
 

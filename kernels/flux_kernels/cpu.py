@@ -31,8 +31,8 @@ SIGNATURES = {
     "flux_group_norm": (P, N, P, P, FLAG, P, FLAG, N, N, N, c_float),
     "flux_attention": (P, P, P, P, P, N, N, N, N, N),
     "flux_int8_linear": (P, N, P, P, N, P, P, FLAG, N, P, N, P, N, N, P, N, FLAG, N, N, N),
-    "flux_int8_finish": (P, P, P, P, FLAG, N, P, N, P, N, N, P, N, FLAG, N, N),
     "flux_bf16_linear": (P, N, P, N, P, FLAG, N, P, N, P, N, N, P, N, N, N, N),
+    "flux_tiles": (FLAG,),
 }
 
 
@@ -53,11 +53,9 @@ def why_not() -> str | None:
     return None
 
 
-@cache
-def has_matrix_unit() -> bool:
-    """Whether the processor multiplies whole tiles (AMX), which these kernels do not: products are torch's there,
-    and what comes before and after them is done here all the same."""
-    return bool(torch.cpu.get_capabilities().get("amx_tile"))
+def isa(wanted: str | None = None) -> str:
+    """What multiplies, "AMX" or "AVX-512": AMX where there is any, unless the other was asked for, as tests do."""
+    return "AMX" if _library().flux_tiles(-1 if wanted is None else int(wanted == "AMX")) else "AVX-512"
 
 
 @cache
@@ -202,14 +200,10 @@ def int8_linear(
     columns from `gelu_from` on; times gate (B, 1, N), plus residual (B, L, N) -> (M, N). K is a multiple of 4."""
     out = values.new_empty((len(values), len(weight)), dtype=dtype)
     after = (*_after(out, bias, gelu_from, residual, gate), int(dtype is torch.float32))
-    if has_matrix_unit():
-        sums = torch._int_mm(values, weight.t())
-        _library().flux_int8_finish(sums.data_ptr(), scales.data_ptr(), weight_scale.data_ptr(), *after, *sums.shape)
-    else:
-        _library().flux_int8_linear(
-            *(values.data_ptr(), values.stride(0), scales.data_ptr(), weight.data_ptr(), weight.stride(0)),
-            *(weight_scale.data_ptr(), *after, len(values), *weight.shape),
-        )
+    _library().flux_int8_linear(
+        *(values.data_ptr(), values.stride(0), scales.data_ptr(), weight.data_ptr(), weight.stride(0)),
+        *(weight_scale.data_ptr(), *after, len(values), *weight.shape),
+    )
     return out
 
 

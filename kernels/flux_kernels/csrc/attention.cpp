@@ -34,36 +34,29 @@ void pair_up(const bf16* v, int64_t stride, int64_t keys, int columns, bf16* to)
     }
 }
 
-// f(constant number of rows, first row) for all of `rows`, six at a time.
-template <class F>
-inline void by_tiles(int rows, F f) {
-    int row = 0;
-    for (; row + ROWS <= rows; row += ROWS) f(std::integral_constant<int, ROWS>(), row);
-    switch (rows - row) {
-        case 1: f(std::integral_constant<int, 1>(), row); break;
-        case 2: f(std::integral_constant<int, 2>(), row); break;
-        case 3: f(std::integral_constant<int, 3>(), row); break;
-        case 4: f(std::integral_constant<int, 4>(), row); break;
-        case 5: f(std::integral_constant<int, 5>(), row); break;
-    }
-}
-
 struct Task {
     const bf16* q;
     int64_t q_stride;
-    const char* k;  // strips of 64 keys, turned
+    const char* k;  // strips of 64 keys, turned, `k_row` bytes for each
     const char* v;  // strips of 64 columns, rows in pairs
     bf16* out;
     int64_t out_stride;
     int rows;
-    int64_t keys, padded, D;
+    int64_t keys, padded, D, k_row;
 };
 
-void attend(const Task& t, Scratch& scratch) {
+// f(first row, number of rows) for all of them, a block at a time.
+template <class Unit, class F>
+inline void by_blocks(int rows, F f) {
+    for (int row = 0; row < rows; row += Unit::ROWS) f(row, std::min(Unit::ROWS, rows - row));
+}
+
+template <class Unit>
+void attend(const Task& t, Unit& unit) {
     const int64_t wide = (t.D + COLUMNS - 1) / COLUMNS;  // strips of v
     // Scores, their exponentials in bfloat16, sums of rows of v, then for each row its largest score of this block.
     char* memory = static_cast<char*>(
-        scratch.get(QUERIES * (size_t(KEYS) * 4 + KEYS * 2 + size_t(wide) * COLUMNS * 4 + LANES * 4)));
+        scratch<0>().get(QUERIES * (size_t(KEYS) * 4 + KEYS * 2 + size_t(wide) * COLUMNS * 4 + LANES * 4)));
     float* scores = reinterpret_cast<float*>(memory);
     float* sums = scores + QUERIES * KEYS;
     float* tops = sums + QUERIES * wide * COLUMNS;
@@ -75,23 +68,22 @@ void attend(const Task& t, Scratch& scratch) {
         const int64_t some = std::min<int64_t>(KEYS, t.keys - begin);
         const int64_t strips = (some + COLUMNS - 1) / COLUMNS;
         for (int64_t s = 0; s < strips; ++s) {
-            const char* strip = t.k + (begin + s * COLUMNS) * t.D * 2;
+            const char* strip = t.k + (begin + s * COLUMNS) * t.k_row;
             const int64_t there = some - s * COLUMNS;
-            by_tiles(t.rows, [&](auto count, int row) {
-                constexpr int Rows = decltype(count)::value;
-                __m512 y[Rows][4];
-                for (auto& each : y)
-                    for (auto& one : each) one = Bf16::zero();
-                tile<Bf16, Rows>(t.q + row * t.q_stride, t.q_stride * 2, strip, t.D / 2, y);
-                for (int i = 0; i < Rows; ++i) {
-                    float* at = scores + (row + i) * KEYS + s * COLUMNS;
+            by_blocks<Unit>(t.rows, [&](int row, int rows) {
+                float* at = scores + (s * QUERIES + row) * COLUMNS;
+                unit.block(reinterpret_cast<const char*>(t.q + row * t.q_stride), t.q_stride * 2, rows, strip, t.D * 2,
+                           COLUMNS, at, true);
+                for (int i = 0; i < rows; ++i, at += COLUMNS) {
                     float* top = tops + (row + i) * LANES;
                     Vec best = s ? _mm512_load_ps(top) : splat(-INFINITY);
-                    for (int j = 0; j < 4; ++j) {
-                        if (there < COLUMNS)  // keys that are not there
-                            y[i][j] = _mm512_mask_mov_ps(splat(-INFINITY), first(std::max<int64_t>(0, there - 16 * j)), y[i][j]);
-                        best = _mm512_max_ps(best, y[i][j]);
-                        _mm512_store_ps(at + LANES * j, y[i][j]);
+                    for (int j = 0; j < COLUMNS; j += LANES) {
+                        Vec y = _mm512_load_ps(at + j);
+                        if (there < COLUMNS) {  // keys that are not there
+                            y = _mm512_mask_mov_ps(splat(-INFINITY), first(std::max<int64_t>(0, there - j)), y);
+                            _mm512_store_ps(at + j, y);
+                        }
+                        best = _mm512_max_ps(best, y);
                     }
                     _mm512_store_ps(top, best);
                 }
@@ -103,7 +95,8 @@ void attend(const Task& t, Scratch& scratch) {
             const Vec offset = splat(now * factor), times = splat(factor);
             Vec sum = _mm512_setzero_ps();
             for (int64_t i = 0; i < strips * COLUMNS; i += LANES) {
-                Vec p = exp2(_mm512_fmsub_ps(_mm512_load_ps(scores + row * KEYS + i), times, offset));
+                const float* at = scores + ((i / COLUMNS) * QUERIES + row) * COLUMNS + i % COLUMNS;
+                Vec p = exp2(_mm512_fmsub_ps(_mm512_load_ps(at), times, offset));
                 sum = _mm512_add_ps(sum, p);
                 write(shares + row * KEYS + i, p);
             }
@@ -124,16 +117,9 @@ void attend(const Task& t, Scratch& scratch) {
         }
         for (int64_t s = 0; s < wide; ++s) {
             const char* strip = t.v + (s * t.padded + begin) * COLUMNS * 2;
-            by_tiles(t.rows, [&](auto count, int row) {
-                constexpr int Rows = decltype(count)::value;
-                __m512 y[Rows][4];
-                float* at = sums + (s * QUERIES + row) * COLUMNS;
-                for (int i = 0; i < Rows; ++i)
-                    for (int j = 0; j < 4; ++j)
-                        y[i][j] = begin ? _mm512_load_ps(at + i * COLUMNS + LANES * j) : Bf16::zero();
-                tile<Bf16, Rows>(shares + row * KEYS, KEYS * 2, strip, strips * COLUMNS / 2, y);
-                for (int i = 0; i < Rows; ++i)
-                    for (int j = 0; j < 4; ++j) _mm512_store_ps(at + i * COLUMNS + LANES * j, y[i][j]);
+            by_blocks<Unit>(t.rows, [&](int row, int rows) {
+                unit.block(reinterpret_cast<const char*>(shares + row * KEYS), KEYS * 2, rows, strip,
+                           strips * COLUMNS * 2, COLUMNS, sums + (s * QUERIES + row) * COLUMNS, begin == 0);
             });
         }
     }
@@ -146,33 +132,30 @@ void attend(const Task& t, Scratch& scratch) {
     }
 }
 
-}  // namespace
-
-extern "C" {
-
-// q (B, H, Lq, D), k and v (B, H, Lk, D) -> out (B, H, Lq, D), with any strides but of the last axis, which is 1. Strides
-// are those of q, k, v and out for B, H and L in this order, in numbers. D is even. Returns 1 where memory is short.
-int flux_attention(const bf16* q, const bf16* k, const bf16* v, bf16* out, const int64_t* strides, int64_t B, int64_t H,
-                   int64_t Lq, int64_t Lk, int64_t D) {
+template <class Unit>
+int attention(const bf16* q, const bf16* k, const bf16* v, bf16* out, const int64_t* strides, int64_t B, int64_t H,
+              int64_t Lq, int64_t Lk, int64_t D) {
     const Heads qs{q, strides[0], strides[1], strides[2]}, ks{k, strides[3], strides[4], strides[5]};
     const Heads vs{v, strides[6], strides[7], strides[8]};
     const int64_t strips = (Lk + COLUMNS - 1) / COLUMNS, padded = strips * COLUMNS;
-    const int64_t wide = (D + COLUMNS - 1) / COLUMNS;
-    const size_t k_size = size_t(padded) * D * 2, v_size = size_t(padded) * wide * COLUMNS * 2;
+    const int64_t wide = (D + COLUMNS - 1) / COLUMNS, k_row = (D * 2 + 63) / 64 * 64;
+    const size_t k_size = size_t(padded) * k_row, v_size = size_t(padded) * wide * COLUMNS * 2;
     char* memory = static_cast<char*>(std::aligned_alloc(64, B * H * (k_size + v_size)));
     if (!memory) return 1;
     char* const values = memory + B * H * k_size;
 #pragma omp parallel
     {
+        Unit unit;
 #pragma omp for schedule(dynamic) collapse(2)
         for (int64_t head = 0; head < B * H; ++head) {
             for (int64_t s = 0; s < strips; ++s) {
                 const int64_t b = head / H, h = head % H, row = s * COLUMNS;
                 const int rows = int(std::min<int64_t>(COLUMNS, Lk - row));
-                turn<Bf16>(ks.at(b, h, row), ks.row * 2, rows, D * 2, memory + head * k_size + row * D * 2);
+                turn<Unit>(ks.at(b, h, row), ks.row * 2, rows, D * 2, memory + head * k_size + row * k_row);
                 for (int64_t w = 0; w < wide; ++w) {
                     bf16* to = reinterpret_cast<bf16*>(values + head * v_size + (w * padded + row) * COLUMNS * 2);
-                    pair_up(vs.at(b, h, row) + w * COLUMNS, vs.row, rows, int(std::min<int64_t>(COLUMNS, D - w * COLUMNS)), to);
+                    pair_up(vs.at(b, h, row) + w * COLUMNS, vs.row, rows,
+                            int(std::min<int64_t>(COLUMNS, D - w * COLUMNS)), to);
                     const int64_t full = (rows + 1) / 2 * 2;
                     std::memset(static_cast<void*>(to + full * COLUMNS), 0, size_t(COLUMNS - full) * COLUMNS * 2);
                 }
@@ -182,16 +165,26 @@ int flux_attention(const bf16* q, const bf16* k, const bf16* v, bf16* out, const
 #pragma omp for schedule(dynamic) collapse(2)
         for (int64_t head = 0; head < B * H; ++head) {
             for (int64_t block = 0; block < blocks; ++block) {
-                thread_local Scratch scratch;
                 const int64_t b = head / H, h = head % H, row = block * QUERIES;
-                attend({qs.at(b, h, row), qs.row, memory + head * k_size, values + head * v_size,
+                const Task task{qs.at(b, h, row), qs.row, memory + head * k_size, values + head * v_size,
                         out + b * strides[9] + h * strides[10] + row * strides[11], strides[11],
-                        int(std::min<int64_t>(QUERIES, Lq - row)), Lk, padded, D},
-                       scratch);
+                        int(std::min<int64_t>(QUERIES, Lq - row)), Lk, padded, D, k_row};
+                attend(task, unit);
             }
         }
     }
     std::free(memory);
     return 0;
+}
+}  // namespace
+
+extern "C" {
+
+// q (B, H, Lq, D), k and v (B, H, Lk, D) -> out (B, H, Lq, D), with any strides but of the last axis, which is 1.
+// Strides are those of q, k, v and out for B, H and L in this order, in numbers. D is even. Returns 1 where memory is
+// short.
+int flux_attention(const bf16* q, const bf16* k, const bf16* v, bf16* out, const int64_t* strides, int64_t B, int64_t H,
+                   int64_t Lq, int64_t Lk, int64_t D) {
+    return (tiles_chosen() ? attention<Bf16Tiles> : attention<Bf16Vectors>)(q, k, v, out, strides, B, H, Lq, Lk, D);
 }
 }

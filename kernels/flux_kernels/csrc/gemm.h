@@ -1,9 +1,9 @@
-// Products of tokens with weights: a tile of 6 rows and 64 columns, whose sums stay in registers.
+// Products of tokens with weights, some rows and 64 columns at a time: by tiles (tiles.h) or registers (vectors.h).
 //
 // The weight is (N, K), row by row, as it is stored. A strip of 64 of its rows is turned so that 16 columns of the
-// result lie in one register, used for every row of tokens, and thrown away: that is a two-hundredth of the work for a
-// thousand tokens, so no weight is kept twice. The order of a sum depends on K alone, so a token has the same bits in
-// any batch and with any number of threads.
+// result lie in one register, or 16 of them in a tile, used for every row of tokens, and thrown away: that is a
+// two-hundredth of the work for a thousand tokens, by tiles a twentieth, so no weight is kept twice. The order of a sum
+// depends on K alone, so a token has the same bits in any batch and with any number of threads.
 #pragma once
 
 #include <omp.h>
@@ -11,15 +11,12 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
-#include <utility>
 
-#include "simd.h"
+#include "tiles.h"
+#include "vectors.h"
 
-constexpr int ROWS = 6;        // of a tile
-constexpr int COLUMNS = 64;    // of a tile: four registers
-constexpr int64_t DEPTH = 6144;  // bytes of a row that a strip holds: 64 of them stay in the second-level cache
-
-// Memory of a thread that stays with it: what is larger than 128 KB comes from the system anew every time, page by page.
+// Memory of a thread that stays with it, one for each number: what is larger than 128 KB comes from the system anew
+// every time, page by page.
 struct Scratch {
     void* data = nullptr;
     size_t size = 0;
@@ -34,30 +31,11 @@ struct Scratch {
     }
     ~Scratch() { std::free(data); }
 };
-
-// What a product is made of: K numbers of a row go into sums a step of four bytes at a time.
-struct Int8 {
-    using In = int8_t;
-    using Sum = __m512i;
-    static constexpr int STEP = 4;
-    static Sum zero() { return _mm512_setzero_si512(); }
-    // The instruction multiplies unsigned by signed numbers: the weight has 128 added, which `correct` takes off again.
-    static __m512i turned(__m512i w) { return _mm512_xor_si512(w, _mm512_set1_epi8(int8_t(0x80))); }
-    static Sum add(Sum sum, __m512i w, __m512i x) { return _mm512_dpbusd_epi32(sum, w, x); }
-    static Sum load(const void* p) { return _mm512_load_si512(p); }
-    static void store(void* p, Sum s) { _mm512_store_si512(p, s); }
-};
-
-struct Bf16 {
-    using In = bf16;
-    using Sum = __m512;
-    static constexpr int STEP = 2;
-    static Sum zero() { return _mm512_setzero_ps(); }
-    static __m512i turned(__m512i w) { return w; }
-    static Sum add(Sum sum, __m512i w, __m512i x) { return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x); }
-    static Sum load(const void* p) { return _mm512_load_ps(static_cast<const float*>(p)); }
-    static void store(void* p, Sum s) { _mm512_store_ps(static_cast<float*>(p), s); }
-};
+template <int>
+Scratch& scratch() {
+    thread_local Scratch one;
+    return one;
+}
 
 // rows[i] -> columns: 16 x 16 numbers of four bytes.
 static inline void transpose16(__m512i r[16]) {
@@ -86,9 +64,9 @@ static inline void transpose16(__m512i r[16]) {
     }
 }
 
-// `rows` (at most 64) rows of a matrix, `bytes` of each (a multiple of 4) -> (bytes / 4, 64) numbers of four bytes, with
-// zeros, before they are turned, for rows that are not there.
-template <class Kind>
+// `rows` (at most 64) rows of a matrix, `bytes` of each (a multiple of 4) -> (bytes / 4, 64) numbers of four bytes,
+// with zeros, before they are turned, for rows and bytes that are not there: up to a multiple of 64 bytes.
+template <class Unit>
 void turn(const void* from, int64_t stride, int rows, int64_t bytes, void* to) {
     const char* source = static_cast<const char*>(from);
     char* target = static_cast<char*>(to);
@@ -97,104 +75,67 @@ void turn(const void* from, int64_t stride, int rows, int64_t bytes, void* to) {
             Mask some = first((bytes - at) / 4);
             __m512i r[16];
             for (int i = 0; i < 16; ++i)
-                r[i] = Kind::turned(
+                r[i] = Unit::turned(
                     group + i < rows ? _mm512_maskz_loadu_epi32(some, source + (group + i) * stride + at)
                                      : _mm512_setzero_si512());
             transpose16(r);
-            int count = int(std::min<int64_t>(16, (bytes - at) / 4));
-            for (int i = 0; i < count; ++i)
+            for (int i = 0; i < 16; ++i)
                 _mm512_store_si512(target + (at / 4 + i) * (COLUMNS * 4) + group * 4, r[i]);
         }
     }
 }
 
-// f(0), f(1), ... with numbers that are constants, so that what they are indices of stays in registers.
-template <class F, int... I>
-inline __attribute__((always_inline)) void each(F f, std::integer_sequence<int, I...>) {
-    (f(std::integral_constant<int, I>()), ...);
-}
-template <int Count, class F>
-inline __attribute__((always_inline)) void each(F f) {
-    each(f, std::make_integer_sequence<int, Count>());
-}
-
-// `Rows` rows of x times a turned strip, `steps` of four bytes, added to what `sums` holds.
-template <class Kind, int Rows>
-inline __attribute__((always_inline)) void tile(
-    const void* x, int64_t stride, const void* strip, int64_t steps, typename Kind::Sum (&sums)[Rows][4]) {
-    const char* a = static_cast<const char*>(x);
-    const char* w = static_cast<const char*>(strip);
-    typename Kind::Sum sum[Rows][4];  // of its own: what others may look at is written to memory at every step
-    each<Rows>([&](auto i) { each<4>([&](auto j) { sum[i][j] = sums[i][j]; }); });
-    for (int64_t s = 0; s < steps; ++s) {
-        const __m512i w0 = _mm512_load_si512(w), w1 = _mm512_load_si512(w + 64);
-        const __m512i w2 = _mm512_load_si512(w + 128), w3 = _mm512_load_si512(w + 192);
-        w += 256;
-        each<Rows>([&](auto i) {
-            int32_t four;
-            std::memcpy(&four, a + i * stride + 4 * s, 4);
-            const __m512i b = _mm512_set1_epi32(four);
-            sum[i][0] = Kind::add(sum[i][0], w0, b);
-            sum[i][1] = Kind::add(sum[i][1], w1, b);
-            sum[i][2] = Kind::add(sum[i][2], w2, b);
-            sum[i][3] = Kind::add(sum[i][3], w3, b);
-        });
-    }
-    each<Rows>([&](auto i) { each<4>([&](auto j) { sums[i][j] = sum[i][j]; }); });
-}
-
-// x (M, K) times the transpose of w (N, K). `done(row, column, sums)` gets every tile once, whole: its first row and
-// column, and how many rows there are is its template argument.
-template <class Kind, class Done>
-void product(const void* x, int64_t x_stride, const void* w, int64_t w_stride, int64_t M, int64_t N, int64_t K, Done done) {
-    using In = typename Kind::In;
-    const int64_t bytes = K * int64_t(sizeof(In));
-    const int64_t strips = (N + COLUMNS - 1) / COLUMNS;
-    const int64_t pieces = (bytes + DEPTH - 1) / DEPTH;
+// x (M, K) times the transpose of w (N, K), strides and `bytes` of a row in bytes. `done(row, column, rows, sums)` gets
+// every block once, whole: its first row and column, how many rows there are, and 64 sums for each.
+template <class Unit, class Done>
+void product(const void* x, int64_t x_stride, const void* w, int64_t w_stride, int64_t M, int64_t N, int64_t bytes,
+             Done done) {
+    using Number = typename Unit::Number;
+    constexpr int ROWS = Unit::ROWS;
+    const int64_t pieces = (bytes + Unit::DEPTH - 1) / Unit::DEPTH;
     const int64_t depth = ((bytes + pieces - 1) / pieces + 63) / 64 * 64;
-    const int64_t threads = omp_get_max_threads();
-    // Few strips are cut by rows as well, so that no thread waits long for another.
-    int64_t cuts = std::max<int64_t>(1, std::min<int64_t>(M / 192, (8 * threads + strips - 1) / strips));
+    const int64_t threads = omp_get_max_threads(), strips = (N + COLUMNS - 1) / COLUMNS;
+    const int64_t most = std::min(Unit::KEPT / (COLUMNS * depth), strips / (2 * threads));
+    const int64_t wide = std::max<int64_t>(1, most);  // strips of a panel, for which x is read once
+    const int64_t panels = (strips + wide - 1) / wide;
+    // Few panels are cut by rows as well, so that no thread waits long for another.
+    int64_t cuts = std::max<int64_t>(1, std::min<int64_t>(M / 192, (8 * threads + panels - 1) / panels));
     if (pieces > 1) cuts = std::max<int64_t>(cuts, (M + 767) / 768);
     const int64_t height = ((M + cuts - 1) / cuts + ROWS - 1) / ROWS * ROWS;
+    const int64_t kept_rows = pieces > 1 ? height : ROWS;  // sums of how many rows are kept for the next piece
 
-#pragma omp parallel for schedule(dynamic) collapse(2)
-    for (int64_t strip = 0; strip < strips; ++strip) {
-        for (int64_t cut = 0; cut < cuts; ++cut) {
-            thread_local Scratch turned, kept;
-            const int64_t top = cut * height, bottom = std::min(M, top + height), column = strip * COLUMNS;
-            if (top >= bottom) continue;
-            const int rows = int(std::min<int64_t>(COLUMNS, N - column));
-            char* strip_of = static_cast<char*>(turned.get(size_t(depth) * COLUMNS));
-            char* partial = pieces > 1 ? static_cast<char*>(kept.get(size_t(height) * COLUMNS * 4)) : nullptr;
-            for (int64_t begin = 0; begin < bytes; begin += depth) {
-                const int64_t some = std::min(depth, bytes - begin);
-                turn<Kind>(static_cast<const char*>(w) + column * w_stride + begin, w_stride, rows, some, strip_of);
-                const bool starts = begin == 0, ends = begin + depth >= bytes;
-                auto rows_of = [&](auto count, int64_t row) {
-                    constexpr int Rows = decltype(count)::value;
-                    typename Kind::Sum sums[Rows][4];
-                    char* at = partial + (row - top) * COLUMNS * 4;
-                    for (int i = 0; i < Rows; ++i)
-                        for (int j = 0; j < 4; ++j)
-                            sums[i][j] = starts ? Kind::zero() : Kind::load(at + (i * 4 + j) * 64);
-                    tile<Kind, Rows>(
-                        static_cast<const char*>(x) + row * x_stride + begin, x_stride, strip_of, some / 4, sums);
-                    if (ends) {
-                        done(row, column, sums);
-                        return;
+#pragma omp parallel
+    {
+        Unit unit;
+        Scratch& turned = scratch<0>();
+        Scratch& kept = scratch<1>();
+#pragma omp for schedule(dynamic) collapse(2)
+        for (int64_t panel = 0; panel < panels; ++panel) {
+            for (int64_t cut = 0; cut < cuts; ++cut) {
+                const int64_t top = cut * height, bottom = std::min(M, top + height);
+                const int64_t left = panel * wide * COLUMNS, right = std::min(N, left + wide * COLUMNS);
+                if (top >= bottom) continue;
+                char* strip = static_cast<char*>(turned.get(size_t(depth) * wide * COLUMNS));
+                Number* sums = static_cast<Number*>(kept.get(size_t(kept_rows) * wide * COLUMNS * 4));
+                for (int64_t begin = 0; begin < bytes; begin += depth) {
+                    const int64_t some = std::min(depth, bytes - begin);
+                    const auto there = [&](int64_t column) { return int(std::min<int64_t>(COLUMNS, right - column)); };
+                    for (int64_t column = left; column < right; column += COLUMNS)
+                        turn<Unit>(static_cast<const char*>(w) + column * w_stride + begin, w_stride, there(column),
+                                   some, strip + (column - left) * depth);
+                    const char* from = static_cast<const char*>(x) + begin;
+                    for (int64_t row = top; row < bottom; row += ROWS) {
+                        const int rows = int(std::min<int64_t>(ROWS, bottom - row));
+                        for (int64_t column = left; column < right; column += COLUMNS) {
+                            // Of the next rows of x, 16 are fetched beside every strip.
+                            const int64_t ahead = row + ROWS + (column - left) / COLUMNS * 16;
+                            const bool fetched = ahead < row + 2 * ROWS && ahead + 16 <= bottom;
+                            Number* at = sums + (column - left) * kept_rows + (row - top) % kept_rows * COLUMNS;
+                            unit.block(from + row * x_stride, x_stride, rows, strip + (column - left) * depth, some,
+                                       there(column), at, begin == 0, fetched ? from + ahead * x_stride : nullptr);
+                            if (begin + depth >= bytes) done(row, column, rows, at);
+                        }
                     }
-                    for (int i = 0; i < Rows; ++i)
-                        for (int j = 0; j < 4; ++j) Kind::store(at + (i * 4 + j) * 64, sums[i][j]);
-                };
-                int64_t row = top;
-                for (; row + ROWS <= bottom; row += ROWS) rows_of(std::integral_constant<int, ROWS>(), row);
-                switch (bottom - row) {
-                    case 1: rows_of(std::integral_constant<int, 1>(), row); break;
-                    case 2: rows_of(std::integral_constant<int, 2>(), row); break;
-                    case 3: rows_of(std::integral_constant<int, 3>(), row); break;
-                    case 4: rows_of(std::integral_constant<int, 4>(), row); break;
-                    case 5: rows_of(std::integral_constant<int, 5>(), row); break;
                 }
             }
         }

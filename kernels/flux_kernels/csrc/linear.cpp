@@ -8,7 +8,7 @@ namespace {
 struct After {
     const float* weight_scale;  // (N,)
     const float* row_scale;     // (M,)
-    const int32_t* row_sum;     // (M,)
+    const int32_t* row_sum;     // (M,), or nothing where the weight is multiplied as it is
     const void* bias;           // (N,), in the dtype of the result or float32
     bool bias_wide;
     int64_t gelu_from;
@@ -39,33 +39,41 @@ inline Vec finish(Vec y, const After& a, int64_t row, int64_t column, Mask m) {
 }
 
 template <class T>
-inline void write_sum(const After& a, int64_t row, int64_t column, __m512i sum) {
+void write_int8(const After& a, int64_t row, int64_t column, __m512i sum) {
     const Mask m = first(a.N - column);
     Vec y = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), splat(a.row_scale[row]));
     y = _mm512_mul_ps(y, read(a.weight_scale + column, m));
     write(static_cast<T*>(a.out) + row * a.out_stride + column, finish<T>(y, a, row, column, m), m);
 }
 
-template <class T, int Rows>
-void write_int8(const After& a, int64_t row, int64_t column, __m512i (&sums)[Rows][4]) {
-    for (int i = 0; i < Rows; ++i) {
-        // 128 was added to every number of the weight.
-        const __m512i extra = _mm512_set1_epi32(a.row_sum[row + i] * 128);
-        for (int j = 0; j < 4 && column + LANES * j < a.N; ++j)
-            write_sum<T>(a, row + i, column + LANES * j, _mm512_sub_epi32(sums[i][j], extra));
-    }
+template <class Unit, class T>
+void int8_linear(const After& a, const int8_t* x, int64_t x_stride, const int8_t* w, int64_t w_stride, int64_t M,
+                 int64_t K) {
+    product<Unit>(x, x_stride, w, w_stride, M, a.N, K, [&](int64_t row, int64_t column, int rows, const int32_t* sums) {
+        for (int i = 0; i < rows; ++i) {
+            // Vectors have 128 added to every number of the weight.
+            const __m512i extra = _mm512_set1_epi32(a.row_sum ? a.row_sum[row + i] * 128 : 0);
+            for (int j = 0; j < COLUMNS && column + j < a.N; j += LANES) {
+                const __m512i sum = _mm512_load_si512(sums + i * COLUMNS + j);
+                write_int8<T>(a, row + i, column + j, _mm512_sub_epi32(sum, extra));
+            }
+        }
+    });
 }
 
-template <int Rows>
-void write_bf16(const After& a, int64_t row, int64_t column, __m512 (&sums)[Rows][4]) {
-    for (int i = 0; i < Rows; ++i) {
-        for (int j = 0; j < 4; ++j) {
-            int64_t c = column + LANES * j;
-            if (c >= a.N) break;
-            Mask m = first(a.N - c);
-            write(static_cast<bf16*>(a.out) + (row + i) * a.out_stride + c, finish<bf16>(sums[i][j], a, row + i, c, m), m);
-        }
-    }
+template <class Unit>
+void bf16_linear(const After& a, const bf16* x, int64_t x_stride, const bf16* w, int64_t w_stride, int64_t M,
+                 int64_t K) {
+    product<Unit>(x, 2 * x_stride, w, 2 * w_stride, M, a.N, 2 * K,
+                  [&](int64_t row, int64_t column, int rows, const float* sums) {
+        for (int i = 0; i < rows; ++i)
+            for (int64_t j = 0; j < COLUMNS && column + j < a.N; j += LANES) {
+                const int64_t c = column + j;
+                const Mask m = first(a.N - c);
+                const Vec y = finish<bf16>(_mm512_load_ps(sums + i * COLUMNS + j), a, row + i, c, m);
+                write(static_cast<bf16*>(a.out) + (row + i) * a.out_stride + c, y, m);
+            }
+    });
 }
 
 int32_t sum_of(const int8_t* x, int64_t count) {
@@ -86,46 +94,29 @@ extern "C" {
 // Strides are in numbers; `gelu_from` is a multiple of 16. K is a multiple of 4.
 void flux_int8_linear(const int8_t* x, int64_t x_stride, const float* row_scale, const int8_t* w, int64_t w_stride,
                       const float* weight_scale, const void* bias, int bias_wide, int64_t gelu_from,
-                      const void* residual, int64_t residual_stride, const void* gate, int64_t gate_stride, int64_t rows_of_batch, void* out,
-                      int64_t out_stride, int wide, int64_t M, int64_t N, int64_t K) {
-    std::unique_ptr<int32_t[]> sums(new int32_t[M]);
+                      const void* residual, int64_t residual_stride, const void* gate, int64_t gate_stride,
+                      int64_t rows_of_batch, void* out, int64_t out_stride, int wide, int64_t M, int64_t N, int64_t K) {
+    const bool tiles = tiles_chosen();
+    std::unique_ptr<int32_t[]> sums(tiles ? nullptr : new int32_t[M]);
+    if (!tiles) {
 #pragma omp parallel for if (M * K > 65536)
-    for (int64_t i = 0; i < M; ++i) sums[i] = sum_of(x + i * x_stride, K);
-    After a{weight_scale, row_scale,   sums.get(), bias,          bool(bias_wide), gelu_from, residual,
-            gate,         residual_stride, gate_stride, rows_of_batch, out,             out_stride, N};
-    if (wide)
-        product<Int8>(x, x_stride, w, w_stride, M, N, K,
-                      [&](int64_t row, int64_t column, auto& s) { write_int8<f32>(a, row, column, s); });
-    else
-        product<Int8>(x, x_stride, w, w_stride, M, N, K,
-                      [&](int64_t row, int64_t column, auto& s) { write_int8<bf16>(a, row, column, s); });
-}
-
-// The same of a product that there is already, int32, rows dense: what a processor with a unit for matrices is left to do.
-void flux_int8_finish(const int32_t* sums, const float* row_scale, const float* weight_scale, const void* bias, int bias_wide,
-                      int64_t gelu_from, const void* residual, int64_t residual_stride, const void* gate,
-                      int64_t gate_stride, int64_t rows_of_batch, void* out, int64_t out_stride, int wide, int64_t M,
-                      int64_t N) {
-    After a{weight_scale, row_scale,       nullptr,     bias,          bool(bias_wide), gelu_from, residual,
-            gate,         residual_stride, gate_stride, rows_of_batch, out,             out_stride, N};
-#pragma omp parallel for
-    for (int64_t row = 0; row < M; ++row)
-        for (int64_t column = 0; column < N; column += LANES) {
-            const __m512i sum = _mm512_maskz_loadu_epi32(first(N - column), sums + row * N + column);
-            if (wide)
-                write_sum<f32>(a, row, column, sum);
-            else
-                write_sum<bf16>(a, row, column, sum);
-        }
+        for (int64_t i = 0; i < M; ++i) sums[i] = sum_of(x + i * x_stride, K);
+    }
+    const After a{weight_scale, row_scale,       sums.get(),  bias,          bool(bias_wide), gelu_from, residual,
+                  gate,         residual_stride, gate_stride, rows_of_batch, out,             out_stride, N};
+    const auto linear = tiles ? (wide ? int8_linear<Int8Tiles, f32> : int8_linear<Int8Tiles, bf16>)
+                              : (wide ? int8_linear<Int8Vectors, f32> : int8_linear<Int8Vectors, bf16>);
+    linear(a, x, x_stride, w, w_stride, M, K);
 }
 
 // The same of bfloat16 numbers without scales. K is even.
 void flux_bf16_linear(const bf16* x, int64_t x_stride, const bf16* w, int64_t w_stride, const void* bias, int bias_wide,
-                      int64_t gelu_from, const void* residual, int64_t residual_stride, const void* gate, int64_t gate_stride,
-                      int64_t rows_of_batch, void* out, int64_t out_stride, int64_t M, int64_t N, int64_t K) {
-    After a{nullptr, nullptr,         nullptr,     bias,          bool(bias_wide), gelu_from, residual,
-            gate,    residual_stride, gate_stride, rows_of_batch, out,             out_stride, N};
-    product<Bf16>(x, 2 * x_stride, w, 2 * w_stride, M, N, K,
-                  [&](int64_t row, int64_t column, auto& s) { write_bf16(a, row, column, s); });
+                      int64_t gelu_from, const void* residual, int64_t residual_stride, const void* gate,
+                      int64_t gate_stride, int64_t rows_of_batch, void* out, int64_t out_stride, int64_t M, int64_t N,
+                      int64_t K) {
+    const After a{nullptr, nullptr,         nullptr,     bias,          bool(bias_wide), gelu_from, residual,
+                  gate,    residual_stride, gate_stride, rows_of_batch, out,             out_stride, N};
+    const auto linear = tiles_chosen() ? bf16_linear<Bf16Tiles> : bf16_linear<Bf16Vectors>;
+    linear(a, x, x_stride, w, w_stride, M, K);
 }
 }

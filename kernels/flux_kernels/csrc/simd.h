@@ -17,6 +17,7 @@ using Vec = __m512;
 using Mask = __mmask16;
 
 constexpr int LANES = 16;
+constexpr int COLUMNS = 64;  // of a strip of a product
 
 static inline Mask first(int64_t count) {
     return count >= LANES ? Mask(0xffff) : Mask((1u << count) - 1);
