@@ -14,9 +14,7 @@ import hashlib
 import importlib
 import json
 import logging
-import os
 import platform
-import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +27,7 @@ from torch import Tensor, nn
 
 from flux_engine import __version__, files, hardware
 from flux_engine.capture import CUDAGraphs
-from flux_engine.config import EngineConfig
+from flux_engine.config import EngineConfig, torch_keeping_in
 from flux_engine.errors import UnsupportedError
 from flux_engine.families.base import Family
 from flux_engine.models.layers import Network
@@ -82,7 +80,7 @@ class Graphs:
         before = self.made
         try:
             # Sizes that are equal by chance, as of a square picture, are not taken to be equal always.
-            with symbols.patch(use_duck_shape=False), _keeping_in(self.cache):
+            with symbols.patch(use_duck_shape=False), torch_keeping_in(self.cache):
                 yield
         except exc.FailOnRecompileLimitHit as error:
             raise UnsupportedError(
@@ -221,34 +219,3 @@ def made_for(family: Family[Any], mode: str) -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
-_lock = threading.Lock()
-_wanted: list[str] = []
-_before: str | None = None
-
-
-@contextmanager
-def _keeping_in(folder: Path | None) -> Iterator[None]:
-    """Inside, torch keeps code in a folder: it looks into a variable for that, each time. When the last of several
-    engines at once is done, the variable is as it was."""
-    global _before
-    if folder is None:
-        yield
-        return
-    with _lock:
-        if not _wanted:
-            _before = os.environ.get(_VARIABLE)
-        _wanted.append(str(folder.absolute()))
-        os.environ[_VARIABLE] = _wanted[-1]
-    try:
-        yield
-    finally:
-        with _lock:
-            _wanted.remove(str(folder.absolute()))
-            now = _wanted[-1] if _wanted else _before
-            if now is None:
-                os.environ.pop(_VARIABLE, None)
-            else:
-                os.environ[_VARIABLE] = now

@@ -1,10 +1,12 @@
-"""How an engine is set up. The only place that reads environment variables."""
+"""How an engine is set up. The only place that reads environment variables, or sets one."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -166,3 +168,34 @@ def _cache(environment: Mapping[str, str]) -> Path:
         return Path(environment["FLUX_ENGINE_CACHE"])
     home = environment.get("XDG_CACHE_HOME")
     return (Path(home) if home else Path("~/.cache").expanduser()) / "flux-engine"
+
+
+_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
+_folders_lock = threading.Lock()
+_folders: list[str] = []
+_folder_before: str | None = None
+
+
+@contextmanager
+def torch_keeping_in(folder: Path | None) -> Iterator[None]:
+    """Inside, torch keeps code in a folder: it looks into a variable for that, each time. When the last of several
+    engines at once is done, the variable is as it was."""
+    global _folder_before
+    if folder is None:
+        yield
+        return
+    with _folders_lock:
+        if not _folders:
+            _folder_before = os.environ.get(_FOLDER)
+        _folders.append(str(folder.absolute()))
+        os.environ[_FOLDER] = _folders[-1]
+    try:
+        yield
+    finally:
+        with _folders_lock:
+            _folders.remove(str(folder.absolute()))
+            now = _folders[-1] if _folders else _folder_before
+            if now is None:
+                os.environ.pop(_FOLDER, None)
+            else:
+                os.environ[_FOLDER] = now
