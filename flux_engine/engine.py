@@ -42,6 +42,7 @@ OTHER_NAMES = {
     "sampler": "scheduler",
     "num_images_per_prompt": "num_outputs",
     "generator": "seed",
+    "cache": "step_cache",
 }
 """What else people call the fields of a request."""
 
@@ -178,6 +179,7 @@ class Engine:
             quantization=pipeline.family.quantization,
             loras=applied,
             moved=output.moved,
+            skipped=output.skipped,
         )
 
     def load_textual_inversion(self, path: str | os.PathLike[str]) -> Inversion:

@@ -59,6 +59,8 @@ LEVELS = {
     "text": 3.1,
     "families": 4,
     "conditions": 4.1,
+    "network": 4.1,
+    "stepcache": 4.2,
     "pipeline": 5,
     "engine": 6,
     "loading": 6.1,

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from flux_engine import ops
 from flux_engine.attention import attention
 from flux_engine.linears import Rows, linear, linear_and_gelu, modulated
-from flux_engine.models.layers import Residuals, merge_heads
+from flux_engine.models.layers import BatchRows, Residuals, merge_heads
 from flux_engine.params import FluxParams, FluxTrunkParams
 
 
@@ -52,12 +52,22 @@ class TrunkStatics:
         calls = {name: _cat(parts) for name, parts in every.items() if name not in ("txt", "cos", "sin")}
         return replace(first, txt=torch.cat(every["txt"]), **calls)
 
+    def of(self, rows: BatchRows) -> Self:
+        """Some rows of the batch alone."""
+        calls = {f.name: _of(getattr(self, f.name), rows) for f in fields(self) if f.name not in ("txt", "cos", "sin")}
+        return replace(self, txt=self.txt[rows], **calls)
+
 
 def _cat(parts: Sequence[Any]) -> Any:
     """Several (S, B, ...), or tuples of them, as one batch."""
     if isinstance(parts[0], Tensor):
         return torch.cat(list(parts), dim=1)
     return tuple(_cat(some) for some in zip(*parts, strict=True))
+
+
+def _of(value: Any, rows: BatchRows) -> Any:
+    """Some rows of (S, B, ...), or of a tuple of them."""
+    return value[:, rows] if isinstance(value, Tensor) else tuple(_of(one, rows) for one in value)
 
 
 @dataclass(frozen=True)
@@ -326,12 +336,31 @@ class Flux(FluxTrunk):
         `residuals` are added to the image tokens after each block: a slot (B, Li, D) for every double block, then one
         for every single block.
         """
-        img, txt = self.img_in(x.to(self.dtype)), statics.txt
+        img, txt = self.first(self.enter(x), call, statics)
+        return self.leave(self.rest(img, txt, call, statics, residuals), call, statics)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """x (B, Li, in_channels) -> image tokens (B, Li, D)."""
+        return self.img_in(x.to(self.dtype))
+
+    def first(self, img: Tensor, call: int, statics: FluxStatics) -> tuple[Tensor, Tensor]:
+        """Image and text tokens after the first double block, if there is one, without its residual."""
+        if not statics.double:
+            return img, statics.txt
+        img_mod, txt_mod = statics.double[0]
+        return self.double_blocks[0](img, statics.txt, img_mod[call], txt_mod[call], statics.cos, statics.sin)
+
+    def rest(
+        self, img: Tensor, txt: Tensor, call: int, statics: FluxStatics, residuals: Residuals | None = None
+    ) -> Tensor:
+        """What `first` gave -> image tokens (B, Li, D) after the last block, the first block's residual included."""
         cos, sin = statics.cos, statics.sin
         slots = self._slots(residuals)
         depth = len(self.double_blocks)
-        for block, (img_mod, txt_mod), residual in zip(self.double_blocks, statics.double, slots[:depth], strict=True):
-            img, txt = block(img, txt, img_mod[call], txt_mod[call], cos, sin)
+        doubles = zip(self.double_blocks, statics.double, slots[:depth], strict=True)
+        for number, (block, (img_mod, txt_mod), residual) in enumerate(doubles):
+            if number > 0:
+                img, txt = block(img, txt, img_mod[call], txt_mod[call], cos, sin)
             if residual is not None:
                 img = ops.add_residual(img, residual)
         length = txt.shape[1]
@@ -340,7 +369,11 @@ class Flux(FluxTrunk):
             joined = block(joined, mod[call], cos, sin)
             if residual is not None:
                 joined = torch.cat((joined[:, :length], ops.add_residual(joined[:, length:], residual)), dim=1)
-        return self.final_layer(joined[:, length:], statics.final[call])
+        return joined[:, length:]
+
+    def leave(self, img: Tensor, call: int, statics: FluxStatics) -> Tensor:
+        """Image tokens after the last block -> velocity (B, Li, out_channels)."""
+        return self.final_layer(img, statics.final[call])
 
     def _slots(self, residuals: Residuals | None) -> Residuals:
         count = len(self.double_blocks) + len(self.single_blocks)

@@ -13,6 +13,8 @@ from flux_engine import ops
 Residuals = tuple[Tensor | None, ...]
 """What ControlNets add inside a network: a slot for each place where something can be added, in the order in which the
 network comes to them, None where nothing is."""
+BatchRows = slice | Sequence[int]
+"""Some rows of a batch."""
 
 
 def add_residuals(parts: Sequence[Residuals]) -> Residuals:
