@@ -18,7 +18,7 @@ from torch import Tensor
 from flux_engine import images
 from flux_engine.conditions import build_condition, pasted_back
 from flux_engine.errors import NumericalError, RequestCancelled
-from flux_engine.families.base import Family, Guide, Stage, Walk, calls_between, notes_of_idle
+from flux_engine.families.base import Family, Stage, Walk, calls_between, notes_of_idle
 from flux_engine.footprint import work_of
 from flux_engine.network import Network
 from flux_engine.placing import extent_of

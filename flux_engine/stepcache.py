@@ -63,9 +63,10 @@ class FirstBlock(Predictor):
         before = net.enter(network.stage.feed(seen))
         img, txt = net.first(before, call, statics)
         moved = (img - before)[:, : seen.shape[1]]
+        del before
         due = self._due(network, moved, call)
         if all(due):
-            after = net.rest(img, txt, call, statics, network.residuals(seen, call))
+            after = net.rest((img, txt), call, statics, network.residuals(seen, call))
             self._moved, self._rest, self._last = moved, after - img, [call] * len(due)
         else:
             after = img + self._rest
@@ -73,7 +74,7 @@ class FirstBlock(Predictor):
             if any(due):
                 rows = [row for row in range(len(seen)) if due[row % len(due)]]
                 few = network.of(rows)
-                some = net.rest(img[rows], txt[rows], call, few.statics, few.residuals(seen[rows], call))
+                some = net.rest((img[rows], txt[rows]), call, few.statics, few.residuals(seen[rows], call))
                 after[rows], self._moved[rows], self._rest[rows] = some, moved[rows], some - img[rows]
         return net.leave(after, call, statics)[:, : seen.shape[1]]
 

@@ -25,6 +25,8 @@ class FirstBlockCache:
     """
 
     name: ClassVar[str] = "first-block"
+    kept: ClassVar[int] = 4
+    """How many times the picture's tokens it keeps, and makes beside."""
     threshold: float = 0.08
     """The other blocks are left out while mean|r - r'| / mean|r'| is below this: r is what the first block adds to the
     picture's tokens, r' what it added at the last whole call. 0 leaves out nothing."""
@@ -46,16 +48,19 @@ class FirstBlockCache:
 class TaylorCache:
     """Compute every `interval`-th call, and foresee the predictions between from those before.
 
-    After TaylorSeer (arXiv 2503.06923), which foresees what every block gives; here it is the prediction itself, which
-    costs no block and no memory to speak of.
+    After TaylorSeer (arXiv 2503.06923), which foresees what every block gives, from finite differences; here it is the
+    prediction itself, which costs no block and next to no memory, from the polynomial through what is known. The last
+    call is computed. It loses most with schedulers that draw noise on the way.
     """
 
     name: ClassVar[str] = "taylor"
+    kept: ClassVar[int] = 1
+    """At most: a prediction is much smaller than the tokens of a block."""
     interval: int = 3
     """One call in so many is computed."""
     order: int = 1
-    """Of the polynomial in the number of the call, through the last order + 1 computed predictions: 0 takes the last one
-    again, 1 is a line, 2 a parabola."""
+    """Of the polynomial in the number of the call that goes through the last order + 1 computed predictions: 0 takes
+    the last one again, 1 is a line, 2 a parabola."""
     warmup: int = 4
     """Calls at the start that are all computed."""
 
@@ -77,7 +82,7 @@ CACHES: dict[str, type[StepCache]] = {kind.name: kind for kind in (FirstBlockCac
 
 
 def checked_step_cache(asked: object, spec: ModelSpec) -> StepCache | None:
-    """What was asked for, as an object, None for none. Raises InvalidRequest for what is none, or not for this model."""
+    """What was asked for, as an object. Raises InvalidRequest for what is no cache, or none for this model."""
     if asked is None:
         return None
     cache = _parsed(asked) if isinstance(asked, str) else asked
@@ -89,8 +94,8 @@ def checked_step_cache(asked: object, spec: ModelSpec) -> StepCache | None:
     cache = cache.checked()
     if isinstance(cache, FirstBlockCache) and isinstance(spec, SDXLSpec):
         raise InvalidRequest(
-            f"step_cache {cache.name!r} is for FLUX.1: the UNet of {spec.name} passes on what each of its levels makes, so "
-            f"that no block tells of the rest. Say {TaylorCache.name!r}",
+            f"step_cache {cache.name!r} is for FLUX.1: in the UNet of {spec.name} no first block tells of the rest. "
+            f"Say {TaylorCache.name!r}",
             field="step_cache",
         )
     return cache
@@ -109,9 +114,7 @@ def checked_interval(asked: Any) -> tuple[float, float] | None:
         for name, value in zip(("start", "end"), asked, strict=True)
     )
     if start >= end:
-        raise InvalidRequest(
-            f"guidance_interval: start {start:g} is not before end {end:g}", field="guidance_interval"
-        )
+        raise InvalidRequest(f"guidance_interval: start {start:g} is not before end {end:g}", field="guidance_interval")
     return start, end
 
 
@@ -133,7 +136,8 @@ def _parsed(text: str) -> StepCache:
         key, equals, value = one.partition("=")
         if not equals or key not in known or key in options:
             raise InvalidRequest(
-                f"step_cache {name}: {shown(one)} is not KEY=VALUE, each once, of {', '.join(known)}", field="step_cache"
+                f"step_cache {name}: {shown(one)} is not KEY=VALUE, each once, of {', '.join(known)}",
+                field="step_cache",
             )
         options[key] = _number(value)
     return kind(**options)

@@ -336,8 +336,8 @@ class Flux(FluxTrunk):
         `residuals` are added to the image tokens after each block: a slot (B, Li, D) for every double block, then one
         for every single block.
         """
-        img, txt = self.first(self.enter(x), call, statics)
-        return self.leave(self.rest(img, txt, call, statics, residuals), call, statics)
+        tokens = self.rest(self.first(self.enter(x), call, statics), call, statics, residuals)
+        return self.leave(tokens, call, statics)
 
     def enter(self, x: Tensor) -> Tensor:
         """x (B, Li, in_channels) -> image tokens (B, Li, D)."""
@@ -351,9 +351,11 @@ class Flux(FluxTrunk):
         return self.double_blocks[0](img, statics.txt, img_mod[call], txt_mod[call], statics.cos, statics.sin)
 
     def rest(
-        self, img: Tensor, txt: Tensor, call: int, statics: FluxStatics, residuals: Residuals | None = None
+        self, tokens: tuple[Tensor, Tensor], call: int, statics: FluxStatics, residuals: Residuals | None = None
     ) -> Tensor:
         """What `first` gave -> image tokens (B, Li, D) after the last block, the first block's residual included."""
+        img, txt = tokens
+        del tokens  # so that they are gone once the next block has run
         cos, sin = statics.cos, statics.sin
         slots = self._slots(residuals)
         depth = len(self.double_blocks)
