@@ -70,7 +70,7 @@ class FirstBlock(Predictor):
             self._moved, self._rest, self._last = moved, after - img, [call] * len(due)
         else:
             after = img + self._rest
-            self._note_skipped(due, call)
+            self._mark(due, call)
             if any(due):
                 rows = [row for row in range(len(seen)) if due[row % len(due)]]
                 few = network.of(rows)
@@ -78,7 +78,7 @@ class FirstBlock(Predictor):
                 after[rows], self._moved[rows], self._rest[rows] = some, moved[rows], some - img[rows]
         return net.leave(after, call, statics)[:, : seen.shape[1]]
 
-    def _note_skipped(self, due: Sequence[bool], call: int) -> None:
+    def _mark(self, due: Sequence[bool], call: int) -> None:
         for picture, computed in enumerate(due):
             if computed:
                 self._last[picture] = call

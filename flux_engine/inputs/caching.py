@@ -124,7 +124,7 @@ def _text(cache: StepCache) -> str:
 
 
 def _parsed(text: str) -> StepCache:
-    name, _, said = text.partition(":")
+    name, colon, said = text.partition(":")
     if name not in CACHES:
         raise InvalidRequest(
             f"no step_cache {shown(name)}{did_you_mean(name, CACHES)} Known: {', '.join(CACHES)}", field="step_cache"
@@ -132,7 +132,7 @@ def _parsed(text: str) -> StepCache:
     kind = CACHES[name]
     known = [field.name for field in fields(kind)]
     options: dict[str, Any] = {}
-    for one in said.split(",") if said else []:
+    for one in said.split(",") if colon else []:
         key, equals, value = one.partition("=")
         if not equals or key not in known or key in options:
             raise InvalidRequest(
