@@ -33,7 +33,7 @@ from flux_engine.bench.statistics import Spread
 from flux_engine.specs import SDXLSpec
 
 WHOLE = "all calls"
-CACHES = ("taylor:interval=2", "taylor", "taylor:order=2", "taylor:interval=5", "taylor:warmup=6")
+CACHES = ("taylor:interval=2", "taylor", "taylor:order=2", "taylor:interval=5")
 FIRST_BLOCK = tuple(f"first-block:threshold={threshold:g}" for threshold in (0.04, 0.08, 0.12, 0.2))
 GUIDED = ("guidance:0-0.8", "guidance:0.2-1", "guidance:0.2-0.8", "taylor+guidance:0.2-1")
 QUARTERS = (0.25, 0.5, 0.75)
