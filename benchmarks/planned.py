@@ -219,7 +219,7 @@ def _watched(family: Family[Any], card: Card) -> Any:
 
         return measuring
 
-    def looped(stage: Any, *args: Any) -> Walk:
+    def looped(*args: Any) -> Walk:
         forward, last = family.net.forward, list[Any]([None])
         pipeline.looping = sum(
             parameter.nbytes
@@ -236,7 +236,7 @@ def _watched(family: Family[Any], card: Card) -> Any:
         family.net.forward = few
         try:
             with card.loop():
-                return denoise(stage, *args)
+                return denoise(*args)
         finally:
             del family.net.forward
 

@@ -28,6 +28,7 @@ from flux_engine.errors import (
     WeightsError,
 )
 from flux_engine.inputs import Control
+from flux_engine.inputs.caching import FirstBlockCache, TaylorCache
 from flux_engine.request import Request
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ __all__ = [
     "Control",
     "Engine",
     "EngineConfig",
+    "FirstBlockCache",
     "FluxEngineError",
     "InvalidRequest",
     "LoRA",
@@ -54,6 +56,7 @@ __all__ = [
     "Request",
     "RequestCancelled",
     "Result",
+    "TaylorCache",
     "UnknownModel",
     "UnknownSchema",
     "UnsupportedError",

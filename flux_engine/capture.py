@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flux_engine.models.layers import Network
+from flux_engine.models.layers import Stepwise
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ Capture = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
 
 @dataclass
 class _Captured:
-    net: Network
+    net: Stepwise
     weights: list[int]
     """Where they were."""
     read: list[Tensor]
@@ -58,7 +58,7 @@ class CUDAGraphs:
     def attach(self, networks: Iterable[nn.Module]) -> None:
         """Have these networks played back."""
         for net in networks:
-            if isinstance(net, Network):
+            if isinstance(net, Stepwise):
                 net.call_step = self
 
     def forget_moved(self) -> None:
@@ -96,11 +96,11 @@ class CUDAGraphs:
         return _Captured(net, _addresses(net), read, [None] * len(read), replay, result)
 
 
-def _network(step: Callable[..., Any]) -> Network:
+def _network(step: Callable[..., Any]) -> Stepwise:
     return step.__self__  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def _addresses(net: Network) -> list[int]:
+def _addresses(net: Stepwise) -> list[int]:
     """Where the weights are that a call reads."""
     once = re.compile(net.precomputed)
     return [p.data_ptr() for name, p in net.named_parameters() if not once.fullmatch(name)]

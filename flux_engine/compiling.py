@@ -30,7 +30,7 @@ from flux_engine.capture import CUDAGraphs
 from flux_engine.config import EngineConfig, torch_keeping_in
 from flux_engine.errors import UnsupportedError
 from flux_engine.families.base import Family
-from flux_engine.models.layers import Network
+from flux_engine.models.layers import Stepwise
 from flux_engine.models.vae import AutoEncoder
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Graphs:
     def attach(self, networks: Iterable[nn.Module]) -> None:
         """Have these networks call what is compiled."""
         for net in networks:
-            if isinstance(net, Network):
+            if isinstance(net, Stepwise):
                 net.call_block = self.call_alike if net.alike else self.call
             elif isinstance(net, AutoEncoder):
                 net.call_decoder = self.call

@@ -44,6 +44,7 @@ OTHER_NAMES = {
     "sampler": "scheduler",
     "num_images_per_prompt": "num_outputs",
     "generator": "seed",
+    "cache": "step_cache",
 }
 """What else people call the fields of a request."""
 
@@ -185,6 +186,7 @@ class Engine:
             quantization=pipeline.family.quantization,
             loras=applied,
             moved=output.moved,
+            skipped=output.skipped,
         )
 
     def warm_up(self, requests: Sequence[Request] | None = None, *, hot: Sequence[Request] = ()) -> int:

@@ -46,6 +46,8 @@ class Extent:
     reference: int = 0
     """Tokens that are read behind the picture's own."""
     controlnets: int = 0
+    kept: int = 0
+    """How many times the picture's tokens, or its widest states, are kept from call to call."""
 
     @classmethod
     def default(cls, spec: ModelSpec, **changes: Any) -> Extent:
@@ -104,7 +106,7 @@ def work_of(spec: ModelSpec, dtype: str, quantized: bool, extent: Extent) -> dic
         made = 2.4 * told + 2.5 * wide(6 * D, D)
         every = tokens + extent.reference + length
         denoise = 22.4 * item * rows * every * D + 2 * told + 2 * wide(rows * every, 7 * D)
-        denoise += 15 * extent.controlnets * item * rows * tokens * D
+        denoise += (15 * extent.controlnets * tokens + extent.kept * (every - length)) * item * rows * D
     else:
         unet = network_of(spec)
         assert isinstance(unet, UNetParams)
@@ -113,7 +115,8 @@ def work_of(spec: ModelSpec, dtype: str, quantized: bool, extent: Extent) -> dic
         told = item * rows * 77 * unet.cross_attention_dim
         statics = item * rows * (77 * _text_channels(unet) + extent.steps * _time_channels(unet))
         made = told
-        denoise = item * rows * positions * D[0] * (15.2 + 5 * extent.controlnets) + wide(rows * positions, 8 * D[0])
+        states = 15.2 + 5 * extent.controlnets + extent.kept
+        denoise = item * rows * positions * D[0] * states + wide(rows * positions, 8 * D[0])
     several = 1 if isinstance(spec, FluxSpec) and rows == 1 else 2.05  # first row by row, then together
     pixels = extent.width * extent.height * spec.vae.channels * _vae_item(spec, dtype)
     return {

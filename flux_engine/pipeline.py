@@ -18,11 +18,12 @@ from torch import Tensor
 from flux_engine import images
 from flux_engine.conditions import build_condition, pasted_back
 from flux_engine.errors import NumericalError, RequestCancelled
-from flux_engine.families.base import Family, Guide, Stage, Walk, notes_of_idle
+from flux_engine.families.base import Family, Stage, Walk, calls_between, notes_of_idle
 from flux_engine.footprint import work_of
-from flux_engine.models.layers import add_residuals
+from flux_engine.network import Network
 from flux_engine.placing import extent_of
 from flux_engine.request import Job
+from flux_engine.stepcache import Predictor, note_of, predictor_of
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,17 @@ class Output:
     """The control pictures, as the networks read them."""
     moved: int = 0
     """Bytes of weights that came to the device."""
+    skipped: tuple[tuple[int, ...], ...] = ()
+    """For each picture the calls, from 1, at which a step cache left out some of the network."""
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance on one walk."""
+
+    scale: float
+    calls: range
+    """At which there is any."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +78,7 @@ class _Made:
     latent: Tensor
     notes: list[str]
     maps: tuple[Image.Image, ...]
+    skipped: list[list[int]]
 
 
 class Pipeline:
@@ -99,7 +112,8 @@ class Pipeline:
                         for one in made.latent.split(1):
                             check_cancelled(cancel)
                             pictures.append(pasted_back(self._decode(one, made.notes), job.inputs))
-        return Output(pictures, clock.seconds, made.notes, made.maps, family.residents.moved)
+        skipped = tuple(map(tuple, made.skipped))
+        return Output(pictures, clock.seconds, made.notes, made.maps, family.residents.moved, skipped)
 
     def _work(self, job: Job) -> Mapping[str, int]:
         """Bytes that each stage of a job takes beside the weights."""
@@ -119,38 +133,46 @@ class Pipeline:
 
         with clock("denoise"):
             total = sum(len(stage.schedule.timesteps) for stage in stages)
+            guided = _guided_calls(job, total)
+            skipped: list[list[int]] = [[] for _ in job.seeds]
             walk: Walk | None = None
             done = 0
             for stage, fixed, guiding in zip(stages, statics, guides, strict=True):
+                count = len(stage.schedule.timesteps)
                 watch = on_step and self._watching(on_step, stage, done, total, h, w)
+                predict = predictor_of(job.step_cache, len(job.seeds), count)
+                guidance = Guidance(job.true_cfg_scale, range(guided.start - done, guided.stop - done))
+                network = Network(stage, fixed, guiding)
                 with stage.family.residents.use(stage.family.network_part):
-                    walk = self._denoise(stage, fixed, guiding, stage.begin(walk), job.true_cfg_scale, watch, cancel)
-                done += len(stage.schedule.timesteps)
+                    walk = self._denoise(network, predict, guidance, stage.begin(walk), watch, cancel)
+                for calls, new in zip(skipped, predict.skipped, strict=True):
+                    calls += [done + call + 1 for call in new]
+                done += count
             assert walk is not None
-            return _Made(self.family.to_latent(walk.x, h, w), notes, condition.maps)
+            notes += _notes_of_shortcuts(job, guided, skipped, total)
+            return _Made(self.family.to_latent(walk.x, h, w), notes, condition.maps, skipped)
 
     def _denoise(
         self,
-        stage: Stage,
-        statics: Any,
-        guides: Sequence[Guide],
+        network: Network,
+        predict: Predictor,
+        guidance: Guidance,
         walk: Walk,
-        scale: float,
         watch: Watch | None,
         cancel: threading.Event | None,
     ) -> Walk:
-        """Walk the timesteps of a stage."""
-        net, schedule, x = stage.family.net, stage.schedule, walk.x
+        """Walk the timesteps of a stage. `network` is for all rows: where there is guidance, a negative row for each
+        picture first."""
+        stage, schedule, x = network.stage, network.stage.schedule, walk.x
+        positive_rows = network.of(slice(len(x), None)) if guidance.scale != 1.0 else network
         for call in range(len(schedule.timesteps)):
             check_cancelled(cancel)
             seen = schedule.input(x, call)
-            rows = seen if scale == 1.0 else torch.cat((seen, seen))
-            added = add_residuals([r for guide in guides if (r := guide.residuals(rows, call)) is not None])
-            # What the network says of tokens that it reads behind the picture's own is of no use.
-            prediction = net(stage.feed(rows), call, statics, added or None)[:, : x.shape[1]]
-            if scale != 1.0:
-                negative, positive = prediction.float().chunk(2)
-                prediction = negative + scale * (positive - negative)
+            if call in guidance.calls:
+                negative, positive = predict(network, torch.cat((seen, seen)), call).float().chunk(2)
+                prediction = negative + guidance.scale * (positive - negative)
+            else:
+                prediction = predict(positive_rows, seen, call)
             foreseen = schedule.foreseen(prediction, call, x) if watch else x
             x = schedule.step(prediction, call, x)
             if stage.known:
@@ -210,6 +232,24 @@ def check_cancelled(cancel: threading.Event | None) -> None:
     """Raise RequestCancelled if the event is set."""
     if cancel is not None and cancel.is_set():
         raise RequestCancelled("the request was cancelled")
+
+
+def _guided_calls(job: Job, total: int) -> range:
+    """The calls at which there is classifier-free guidance."""
+    if job.true_cfg_scale == 1.0:
+        return range(0)
+    return calls_between(*job.guidance_interval, total) if job.guidance_interval else range(total)
+
+
+def _notes_of_shortcuts(job: Job, guided: range, skipped: Sequence[Sequence[int]], total: int) -> list[str]:
+    """What is to be said of what was left out because the job asks for it."""
+    notes: list[str] = []
+    if job.guidance_interval:
+        start, end = job.guidance_interval
+        notes.append(f"guidance_interval {start:g} to {end:g}: {len(guided)} of {total} calls were guided")
+    if job.step_cache:
+        notes.append(note_of(job.step_cache, skipped, total))
+    return notes
 
 
 def _name(dtype: torch.dtype) -> str:

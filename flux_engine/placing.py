@@ -94,6 +94,7 @@ def extent_of(job: Job) -> Extent:
         steps=job.num_inference_steps,
         reference=0 if reference is None else reference.width * reference.height // (2 * downscale) ** 2,
         controlnets=len(job.inputs.controls),
+        kept=job.step_cache.kept if job.step_cache else 0,
     )
 
 

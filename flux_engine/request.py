@@ -16,6 +16,7 @@ from typing import Literal, get_args
 from flux_engine.checks import check_text, integer, number, pair
 from flux_engine.errors import InvalidRequest, did_you_mean
 from flux_engine.inputs import Brought, Inputs, PictureFields
+from flux_engine.inputs.caching import StepCache, checked_interval, checked_step_cache
 from flux_engine.inputs.loras import LoRA, checked_loras
 from flux_engine.specs import LCM_STEPS, REFINER_STRENGTH, SCHEDULERS, ModelSpec, SDXLSpec
 
@@ -53,6 +54,9 @@ class Request(PictureFields):
     true_cfg_scale: float | None = None
     """Scale of true classifier-free guidance for models that are not SDXL; 1 is off. Default: on if there is a negative
     prompt."""
+    guidance_interval: tuple[float, float] | None = None
+    """Classifier-free guidance only at the calls of the network that lie whole between these shares of all calls, as
+    (0.2, 0.8); the others cost half. None is all of them (arXiv 2404.07724)."""
     scheduler: str | None = None
     """SDXL: a name from `specs.SCHEDULERS`."""
     refine: str | None = None
@@ -82,6 +86,10 @@ class Request(PictureFields):
     go_fast: bool | None = None
     """Run in 8 bits, or in full precision, where both are loaded (`quantization="both"`); else in what there is, which
     is reported."""
+    step_cache: StepCache | str | None = None
+    """Leave out what changes little from call to call, at a loss (benchmarks/README.md has figures):
+    FirstBlockCache(threshold=0.08) or "first-block:threshold=0.08" (FLUX.1), TaylorCache(interval=3) or
+    "taylor:interval=3"; `inputs/caching.py` tells all they take. None computes every call."""
     strict: bool = False
     """Refuse what would otherwise be adjusted and reported."""
 
@@ -117,6 +125,7 @@ class Request(PictureFields):
                 field="output_type",
             )
         guidance_scale, true_cfg_scale = self._guidance(spec, notes)
+        guidance_interval = self._guidance_interval(true_cfg_scale, notes)
         scheduler = self._scheduler(spec, steps)
         refine = self._refine(spec, steps, notes)
         told = self._told(spec, width, height, notes)
@@ -132,6 +141,7 @@ class Request(PictureFields):
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
             true_cfg_scale=true_cfg_scale,
+            guidance_interval=guidance_interval,
             scheduler=scheduler,
             refine=refine,
             told=told,
@@ -141,6 +151,7 @@ class Request(PictureFields):
             output_type=self.output_type,
             loras=None if self.loras is None else checked_loras(self.loras),
             go_fast=self._fast(),
+            step_cache=checked_step_cache(self.step_cache, spec),
             strict=self.strict,
             notes=tuple(notes),
         )
@@ -220,6 +231,13 @@ class Request(PictureFields):
         if self.negative_prompt and scale == 1.0:
             notes.append("negative_prompt ignored: without classifier-free guidance there is nothing to move away from")
         return embedded, scale
+
+    def _guidance_interval(self, scale: float, notes: list[str]) -> tuple[float, float] | None:
+        interval = checked_interval(self.guidance_interval)
+        if interval and scale == 1.0:
+            notes.append("guidance_interval ignored: there is no classifier-free guidance to leave out")
+            return None
+        return interval
 
     def _scheduler(self, spec: ModelSpec, steps: int) -> str | None:
         if not isinstance(spec, SDXLSpec):
@@ -311,6 +329,8 @@ class Job:
     """What the network is told; None if it is told none."""
     true_cfg_scale: float
     """Scale of classifier-free guidance; 1 is off."""
+    guidance_interval: tuple[float, float] | None = None
+    """Shares of all calls between which there is guidance; None for all of them, or where there is none at all."""
     scheduler: str | None = None
     refine: Refine | None = None
     told: SizesTold | None = None
@@ -321,6 +341,7 @@ class Job:
     loras: tuple[LoRA, ...] | None = None
     """None for those that the engine has set."""
     go_fast: bool | None = None
+    step_cache: StepCache | None = None
     strict: bool = False
     notes: tuple[str, ...] = field(default=())
 

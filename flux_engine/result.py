@@ -35,6 +35,8 @@ class Result:
     """What names each LoRA that was applied, and its scale."""
     moved: int = 0
     """Bytes of weights that came to the device for it."""
+    skipped: tuple[tuple[int, ...], ...] = ()
+    """For each picture the network calls, from 1, at which `step_cache` left out some of the network."""
 
     @property
     def image(self) -> Any:
@@ -70,6 +72,10 @@ class Result:
         }
         if job.guidance_scale is not None:
             facts["Distilled CFG Scale"] = f"{job.guidance_scale:g}"
+        if job.guidance_interval is not None:
+            facts["CFG interval"] = "{:g}-{:g}".format(*job.guidance_interval)
+        if job.step_cache is not None:
+            facts["Step cache"] = f'"{job.step_cache}"'
         if job.inputs.image is not None:
             facts["Denoising strength"] = f"{job.inputs.strength:g}"
         if self.loras:

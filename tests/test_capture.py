@@ -14,7 +14,7 @@ import flux_engine
 from flux_engine import capture
 from flux_engine.capture import CUDAGraphs, rebuilt, tensors_of
 from flux_engine.engine import Engine
-from flux_engine.models.layers import Network
+from flux_engine.models.layers import Stepwise
 
 PROMPT = "a large red circle on a blue background"
 
@@ -118,7 +118,7 @@ def test_tensors_are_found_and_put_back() -> None:
     assert [float(t) for t in tensors_of(value)] == [1, 2, 3]
     doubled = rebuilt(value, lambda tensor: tensor * 2)
     assert doubled == (torch.tensor(2.0), None, (torch.tensor(4.0), [torch.tensor(6.0)]))
-    assert Network().call_step(lambda x: x, 4) == 4
+    assert Stepwise().call_step(lambda x: x, 4) == 4
 
 
 def ring() -> Any:

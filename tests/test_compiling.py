@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -29,6 +30,15 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ign
 PROMPT = "a large red circle on a blue background"
 BOUND = {"float32": 1e-5, "bfloat16": 0.03}
 """Of max |a - b| / max |b| of latents: a compiled block rounds elsewhere."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_traces() -> Iterator[None]:
+    """torch writes all that a compiler does to a log which nobody reads, unless somebody listens, as pytest does."""
+    trace = logging.getLogger("torch.__trace")
+    trace.disabled = True
+    yield
+    trace.disabled = False
 
 
 @pytest.fixture(scope="module")
@@ -151,10 +161,10 @@ from torch._dynamo.utils import counters
 from torch._inductor import cpp_builder
 built = []
 run = cpp_builder.run_compile_cmd
-def told(command, *args):
+def told(command, *args, **kwargs):
     if " -E " not in command:  # which only hashes torch's headers
         built.append(command)
-    return run(command, *args)
+    return run(command, *args, **kwargs)
 cpp_builder.run_compile_cmd = told
 engine = flux_engine.load("demo-dev", device="cpu", dtype=sys.argv[2], compile="default", compile_cache=sys.argv[1])
 made = engine.warm_up()

@@ -62,6 +62,8 @@ LEVELS = {
     "conditions": 4.1,
     "capture": 4.05,
     "compiling": 4.15,
+    "network": 4.1,
+    "stepcache": 4.2,
     "pipeline": 5,
     "engine": 6,
     "loading": 6.1,

@@ -76,6 +76,12 @@ def _add_drawing(generate: argparse.ArgumentParser) -> None:
     generate.add_argument("--steps", type=int, metavar="N")
     generate.add_argument("--guidance", type=float, metavar="SCALE", help="of models that take one")
     generate.add_argument("--true-cfg", type=float, metavar="SCALE", help="of the negative prompt, with FLUX.1")
+    generate.add_argument(
+        "--guidance-interval", metavar="START-END", help="share of the calls that are guided, as 0.2-0.8"
+    )
+    generate.add_argument(
+        "--step-cache", metavar="NAME[:KEY=VALUE,...]", help="faster and not the same: first-block (FLUX.1) or taylor"
+    )
     generate.add_argument("--seed", type=int)
 
     sdxl = generate.add_argument_group("of SDXL")
@@ -86,6 +92,14 @@ def _add_drawing(generate: argparse.ArgumentParser) -> None:
     sdxl.add_argument("--refine-steps", type=int, metavar="N", help="of the base_image_refiner")
     sdxl.add_argument("--prompt-weights", action="store_true", help="read (word:1.2) as a weight")
     sdxl.add_argument("--prompt-chunks", action="store_true", help="read prompts over 77 tokens whole")
+
+
+def _interval(text: str) -> tuple[float, float]:
+    """START-END."""
+    match = re.fullmatch(r"(\d*\.?\d+)-(\d*\.?\d+)", text)
+    if match is None:
+        raise InvalidRequest(f"guidance_interval {text!r:.40} is not START-END, as 0.2-0.8", field="guidance_interval")
+    return float(match[1]), float(match[2])
 
 
 def _lora(text: str) -> tuple[str, float]:
@@ -159,6 +173,8 @@ def _request(args: argparse.Namespace) -> Request:
         num_inference_steps=args.steps,
         guidance_scale=args.guidance,
         true_cfg_scale=args.true_cfg,
+        guidance_interval=None if args.guidance_interval is None else _interval(args.guidance_interval),
+        step_cache=args.step_cache,
         scheduler=args.scheduler,
         refine=args.refine or ("expert_ensemble_refiner" if args.refiner else None),
         high_noise_frac=args.high_noise_frac,

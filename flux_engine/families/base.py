@@ -164,9 +164,13 @@ class Guide:
     spread: Callable[[tuple[Tensor, ...]], Residuals] = tuple
     """What the ControlNet gives -> a slot for each place of the network it steers."""
 
+    def counts(self, call: int) -> bool:
+        """Whether it adds anything at a call."""
+        return call in self.calls and self.hint.scale != 0
+
     def residuals(self, x: Tensor, call: int) -> Residuals | None:
         """What it adds inside the network at a call, None for nothing. x (B, ...) without anything beside it."""
-        if call not in self.calls or self.hint.scale == 0:
+        if not self.counts(call):
             return None
         embedded = self.hint.embedded.expand(len(x), *self.hint.embedded.shape[1:])
         given = self.hint.controlnet.net(x, embedded, call, self.statics)

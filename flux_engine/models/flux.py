@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from flux_engine import ops
 from flux_engine.attention import attention
 from flux_engine.linears import Rows, linear, linear_and_gelu, modulated
-from flux_engine.models.layers import Network, Residuals, merge_heads
+from flux_engine.models.layers import BatchRows, Residuals, Stepwise, merge_heads
 from flux_engine.params import FluxParams, FluxTrunkParams
 
 
@@ -60,12 +60,22 @@ class TrunkStatics:
             single=tuple(mod[call] for mod in self.single),
         )
 
+    def of(self, rows: BatchRows) -> Self:
+        """Some rows of the batch alone."""
+        calls = {f.name: _of(getattr(self, f.name), rows) for f in fields(self) if f.name not in ("txt", "cos", "sin")}
+        return replace(self, txt=self.txt[rows], **calls)
+
 
 def _cat(parts: Sequence[Any]) -> Any:
     """Several (S, B, ...), or tuples of them, as one batch."""
     if isinstance(parts[0], Tensor):
         return torch.cat(list(parts), dim=1)
     return tuple(_cat(some) for some in zip(*parts, strict=True))
+
+
+def _of(value: Any, rows: BatchRows) -> Any:
+    """Some rows of (S, B, ...), or of a tuple of them."""
+    return value[:, rows] if isinstance(value, Tensor) else tuple(_of(one, rows) for one in value)
 
 
 @dataclass(frozen=True)
@@ -238,7 +248,7 @@ class LastLayer(nn.Module):
         return self.linear(ops.layer_norm_modulate(x, shift, scale))
 
 
-class FluxTrunk(Network):
+class FluxTrunk(Stepwise):
     """What the transformer and its ControlNets have in common: the embeddings and the blocks."""
 
     alike: ClassVar[bool] = True
@@ -341,13 +351,30 @@ class Flux(FluxTrunk):
         return self.call_step(self.predict, x, statics.at(call), residuals)
 
     def predict(self, x: Tensor, statics: FluxStatics, residuals: Residuals | None) -> Tensor:
-        """`forward` with what one call reads of the statics."""
-        img, txt = self.img_in(x.to(self.dtype)), statics.txt
+        """`forward` with what one call reads of the statics, as the four parts of it."""
+        return self.leave(self.rest(self.first(self.enter(x), statics), statics, residuals), statics)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """x (B, Li, in_channels) -> image tokens (B, Li, D)."""
+        return self.img_in(x.to(self.dtype))
+
+    def first(self, img: Tensor, statics: FluxStatics) -> tuple[Tensor, Tensor]:
+        """Image and text tokens after the first double block, if there is one, without its residual."""
+        if not statics.double:
+            return img, statics.txt
+        return self.call_block(self.double_blocks[0], img, statics.txt, *statics.double[0], statics.cos, statics.sin)
+
+    def rest(self, tokens: tuple[Tensor, Tensor], statics: FluxStatics, residuals: Residuals | None) -> Tensor:
+        """What `first` gave -> image tokens (B, Li, D) after the last block, the first block's residual included."""
+        img, txt = tokens
+        del tokens  # so that they are gone once the next block has run
         cos, sin = statics.cos, statics.sin
         slots = self._slots(residuals)
         depth = len(self.double_blocks)
-        for block, (img_mod, txt_mod), residual in zip(self.double_blocks, statics.double, slots[:depth], strict=True):
-            img, txt = self.call_block(block, img, txt, img_mod, txt_mod, cos, sin)
+        doubles = zip(self.double_blocks, statics.double, slots[:depth], strict=True)
+        for number, (block, (img_mod, txt_mod), residual) in enumerate(doubles):
+            if number > 0:
+                img, txt = self.call_block(block, img, txt, img_mod, txt_mod, cos, sin)
             if residual is not None:
                 img = ops.add_residual(img, residual)
         length = txt.shape[1]
@@ -356,7 +383,11 @@ class Flux(FluxTrunk):
             joined = self.call_block(block, joined, mod, cos, sin)
             if residual is not None:
                 joined = torch.cat((joined[:, :length], ops.add_residual(joined[:, length:], residual)), dim=1)
-        return self.final_layer(joined[:, length:], statics.final)
+        return joined[:, length:]
+
+    def leave(self, img: Tensor, statics: FluxStatics) -> Tensor:
+        """Image tokens after the last block -> velocity (B, Li, out_channels)."""
+        return self.final_layer(img, statics.final)
 
     def _slots(self, residuals: Residuals | None) -> Residuals:
         count = len(self.double_blocks) + len(self.single_blocks)

@@ -23,7 +23,7 @@ def directly(what: Callable[..., Any], *args: Any) -> Any:
     return what(*args)
 
 
-class Network(nn.Module):
+class Stepwise(nn.Module):
     """A network that is called once for every step, and how its calls are made: compiling.py and capture.py put other
     Runners there."""
 
@@ -38,6 +38,10 @@ class Network(nn.Module):
         """Makes a whole call."""
         self.call_block: Runner = directly
         """Calls each of its blocks."""
+
+
+BatchRows = slice | Sequence[int]
+"""Some rows of a batch."""
 
 
 def add_residuals(parts: Sequence[Residuals]) -> Residuals:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flux_engine import ops
-from flux_engine.models.layers import Network, NormSiLU, Residuals
+from flux_engine.models.layers import NormSiLU, Residuals, Stepwise
 from flux_engine.models.unet_attention import CrossAttention, Transformer, UNetStatics
 from flux_engine.params import UNetEncoderParams, UNetParams
 
@@ -156,7 +156,7 @@ class Middle(nn.Module):
         return self.resnets[1](self.attentions[0](x, statics), statics) if self.attends else x
 
 
-class UNetEncoder(Network):
+class UNetEncoder(Stepwise):
     """What a UNet and its ControlNets have in common: the way down, and what is made once for a request.
 
     `depths` are transformer blocks in each attention of a resolution and `mid_depth` those of the middle, None where

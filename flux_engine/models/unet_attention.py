@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flux_engine.attention import attention
 from flux_engine.linears import geglu, linear, normed
-from flux_engine.models.layers import GroupNorm, merge_heads
+from flux_engine.models.layers import BatchRows, GroupNorm, merge_heads
 from flux_engine.params import UNetEncoderParams
 
 
@@ -40,6 +40,12 @@ class UNetStatics:
                 (torch.cat([k for k, _ in pairs]), torch.cat([v for _, v in pairs]))
                 for pairs in zip(*(p.text for p in parts), strict=True)
             ),
+        )
+
+    def of(self, rows: BatchRows) -> UNetStatics:
+        """Some rows of the batch alone."""
+        return UNetStatics(
+            time=tuple(one[:, rows] for one in self.time), text=tuple((k[rows], v[rows]) for k, v in self.text)
         )
 
 
