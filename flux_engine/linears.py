@@ -8,6 +8,7 @@ written. Anything else, as a linear with a LoRA beside it, does the same one aft
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -31,14 +32,18 @@ class Rows:
 def modulated(layer: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor | Rows:
     """`ops.layer_norm_modulate(x, shift, scale)` as `layer` reads it."""
     if _reads_rows(layer, x):
-        values, scales = torch.ops.flux_cpu.layer_norm_quantize(x, scale, shift, 1e-6, 1.0)
+        if kernels.on_processor(x):
+            values, scales = torch.ops.flux_cpu.layer_norm_quantize(x, scale, shift, 1e-6, 1.0)
+        else:
+            to = layer.scheme.dtype
+            values, scales = torch.ops.flux_kernels.layer_norm_modulate_quantize(x, shift, scale, to, 1e-6)
         return Rows(values, scales, x.shape, x.dtype)
     return ops.layer_norm_modulate(x, shift, scale)
 
 
 def normed(layer: nn.Module, norm: nn.LayerNorm, x: Tensor) -> Tensor | Rows:
     """`norm(x)` as `layer` reads it."""
-    if _reads_rows(layer, x):
+    if kernels.on_processor(x) and _reads_rows(layer, x):
         values, scales = torch.ops.flux_cpu.layer_norm_quantize(x, norm.weight, norm.bias, norm.eps, 0.0)
         return Rows(values, scales, x.shape, x.dtype)
     return ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
@@ -46,7 +51,7 @@ def normed(layer: nn.Module, norm: nn.LayerNorm, x: Tensor) -> Tensor | Rows:
 
 def geglu(layer: nn.Module, x: Tensor) -> Tensor | Rows:
     """`ops.geglu(x)` as `layer` reads it."""
-    if _reads_rows(layer, x):
+    if kernels.on_processor(x) and _reads_rows(layer, x):
         shape = torch.Size((*x.shape[:-1], x.shape[-1] // 2))
         values, scales = torch.ops.flux_cpu.geglu_quantize(x)
         return Rows(values, scales, shape, x.dtype)
@@ -90,8 +95,7 @@ def _by_kernel(
 ) -> Tensor | None:
     """All of it, or None where there is no kernel that does."""
     if isinstance(x, Tensor) and _reads_rows(layer, x):
-        values, scales = torch.ops.flux_cpu.quantize_rows(x)
-        x = Rows(values, scales, x.shape, x.dtype)
+        x = Rows(*layer.rows(x), x.shape, x.dtype)
     if isinstance(x, Rows):
         assert isinstance(layer, QuantizedLinear)
         out = layer.product(x.values, x.scales, gelu_from, residual, gate, x.dtype)
@@ -104,7 +108,7 @@ def _by_kernel(
     return out.view(*x.shape[:-1], -1)
 
 
-def _reads_rows(layer: nn.Module, x: Tensor) -> bool:
+def _reads_rows(layer: nn.Module, x: Tensor) -> TypeGuard[QuantizedLinear]:
     """Whether a layer multiplies tokens of 8 bits by a kernel: exactly such a linear, with nothing beside it."""
     return type(layer) is QuantizedLinear and _alone(layer) and layer.has_kernel(x)
 

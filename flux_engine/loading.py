@@ -88,7 +88,7 @@ def load(
     hardware.pick_quantization(config.quantization, target)
     if config.cuda_graphs and target.type != "cuda":
         raise UnsupportedError(f"cuda_graphs asked for, but the device is {target}: graphs are captured on CUDA")
-    kernels.choose(config.kernels)
+    kernels.choose(config.kernels, target)
     known = hub.manifests(config.weights)
     early = hub.spec_of(_named(model), known)
     if early is not None:  # what cannot be is refused before gigabytes are fetched

@@ -25,6 +25,8 @@ def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """
     if kernels.usable(x):
         return torch.ops.flux_cpu.layer_norm(x, scale, shift, 1e-6, 1.0)
+    if kernels.on_card("layer_norm_modulate", x):
+        return torch.ops.flux_kernels.layer_norm_modulate(x, shift, scale, 1e-6)
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
@@ -68,6 +70,8 @@ def qk_norm_rotary(
     """`rms_norm` and `apply_rotary` of queries and keys. q and k (B, H, L, D), weights (D,)."""
     if kernels.usable(q):
         return torch.ops.flux_cpu.qk_norm_rotary(q, k, q_weight, k_weight, cos, sin, 1e-6)
+    if kernels.on_card("qk_norm_rotary", q):
+        return torch.ops.flux_kernels.qk_norm_rotary(q, k, q_weight, k_weight, cos, sin, 1e-6)
     return apply_rotary(rms_norm(q, q_weight), cos, sin), apply_rotary(rms_norm(k, k_weight), cos, sin)
 
 
@@ -79,6 +83,8 @@ def gated_residual(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
     """
     if kernels.usable(x):
         return torch.ops.flux_cpu.gated_residual(x, gate, update)
+    if kernels.on_card("gated_residual", x):
+        return torch.ops.flux_kernels.gated_residual(x, gate, update)
     out = torch.addcmul(x, gate, update)
     return out.clamp(-FP16_MAX, FP16_MAX) if out.dtype == torch.float16 else out
 
@@ -98,6 +104,8 @@ def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: f
     """GroupNorm followed by SiLU. x (B, C, h, w); weight and bias (C,)."""
     if _channels_last(x) and kernels.usable(x):
         return torch.ops.flux_cpu.group_norm(x, groups, weight, bias, eps, True)
+    if kernels.on_card("group_norm_silu", x):
+        return torch.ops.flux_kernels.group_norm_silu(x, groups, weight, bias, eps)
     return F.silu(F.group_norm(x, groups, weight, bias, eps=eps))
 
 

@@ -125,12 +125,23 @@ class QuantizedLinear(nn.Module):
 
     def has_kernel(self, x: Tensor) -> bool:
         """Whether a kernel multiplies such tokens."""
-        return self.scheme is INT8 and kernels.usable(x) and self.in_features % 4 == 0
+        if kernels.usable(x):
+            return self.scheme is INT8 and self.in_features % 4 == 0
+        return self.scheme.multiplies and kernels.on_card(f"{self.scheme.name}_linear", x)
 
     def product(self, values: Tensor, scales: Tensor, *after: Any) -> Tensor:
-        """By a kernel: tokens (M, K) that are of 8 bits already, with scales (M,) -> (M, N). `after` is what
-        flux_kernels.cpu.int8_linear does to the result: gelu_from, residual, gate, dtype."""
-        return torch.ops.flux_cpu.int8_linear(values, scales, self.weight, self.weight_scale, self.bias, *after)
+        """By a kernel: tokens (M, K) that are of 8 bits already, with scales (M,) -> (M, N). `after` is what is done to
+        the result (flux_kernels/gemm.py): gelu_from, residual, gate, dtype."""
+        if kernels.on_processor(values):
+            return torch.ops.flux_cpu.int8_linear(values, scales, self.weight, self.weight_scale, self.bias, *after)
+        product = torch.ops.flux_kernels.int8_linear if self.scheme is INT8 else torch.ops.flux_kernels.fp8_linear
+        return product(values, scales, self.weight, self.weight_scale, self.bias, *after)
+
+    def rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """By a kernel: tokens (..., K) -> (M, K) in 8 bits, and scales (M,)."""
+        if kernels.on_processor(x):
+            return torch.ops.flux_cpu.quantize_rows(x)
+        return torch.ops.flux_kernels.quantize_rows(x.reshape(-1, self.in_features), self.scheme.dtype)
 
     def dequantized(self) -> Tensor:
         """The weight (N, K) in float32."""
@@ -142,7 +153,7 @@ class QuantizedLinear(nn.Module):
     def _product(self, x: Tensor) -> Tensor:
         """By a kernel, or some tokens at a time: all that is wider than 8 bits is larger than what it is made of."""
         if self.has_kernel(x):
-            return self.product(*torch.ops.flux_cpu.quantize_rows(x), None, None, None, x.dtype)
+            return self.product(*self.rows(x), None, None, None, x.dtype)
         count = max(INT8.grid[0], WORK // (4 * max(self.in_features, self.out_features)))
         if len(x) <= count:
             return self._product_of(x)
@@ -163,7 +174,9 @@ class QuantizedLinear(nn.Module):
         return out.to(x.dtype)
 
     def _by_blocks(self, x: Tensor) -> Tensor:
-        """Weights come back to the dtype of x some rows at a time."""
+        """By a kernel, or weights come back to the dtype of x some rows at a time."""
+        if self.scheme is FP8_STORAGE and kernels.on_card("fp8_storage_linear", x):
+            return torch.ops.flux_kernels.fp8_storage_linear(x, self.weight, self.weight_scale, self.bias)
         count = max(1, WORK // (4 * self.in_features))
         parts: list[Tensor] = []
         for start in range(0, self.out_features, count):

@@ -86,6 +86,18 @@ def why_not(op: str, dtypes: tuple[torch.dtype, ...], capability: Capability) ->
     return f"{what} needs compute capability {needed}, and this is {found}: {rule.because}; use {rule.instead}"
 
 
+@cache
+def available(op: str, capability: Capability) -> frozenset[tuple[torch.dtype, torch.dtype | None]]:
+    """What an op is for on such a card: pairs of the dtype that it reads (a linear of 8 bits: gives) and of the 8 bits
+    that it gives, None for none."""
+    reads = FLOATS if op != "fp8_storage_linear" else FLOATS[1:]
+    gives: tuple[torch.dtype | None, ...] = tuple(LIMITS) if op in QUANTIZING else (None,)
+    pairs = ((one, other) for one in reads for other in gives)
+    return frozenset(
+        pair for pair in pairs if why_not(op, tuple(dtype for dtype in pair if dtype is not None), capability) is None
+    )
+
+
 _assumed: ContextVar[Capability | None] = ContextVar("assumed", default=None)
 
 
