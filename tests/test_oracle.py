@@ -63,7 +63,7 @@ def mistakes(count: int) -> dict[str, list[list[str]]]:
     return found
 
 
-@pytest.mark.parametrize("count", [400, pytest.param(2000, marks=pytest.mark.full)])
+@pytest.mark.parametrize("count", [150, pytest.param(2000, marks=pytest.mark.full)])
 def test_the_oracle_reads_drawn_pictures(count: int) -> None:
     for kind, verdicts in mistakes(count).items():
         assert len(verdicts) == (count if kind == "drawn" else count // 2)
