@@ -52,6 +52,8 @@ class EngineConfig:
     """A folder that keeps what was compiled, for the next process; None for the folder that torch takes."""
     cuda_graphs: bool = False
     """Whether calls of the networks are captured as CUDA graphs, one for each size; for models that stay on a card."""
+    limit_threads: bool = True
+    """Whether torch is kept to the processors that this process may use; not where OMP_NUM_THREADS says a number."""
     embedding_cache: int = 64
     """How many encoded prompts are kept; 0 keeps none."""
     weights: Path | None = None
@@ -125,6 +127,7 @@ class EngineConfig:
                 environment.get("FLUX_ENGINE_COMPILE_CACHE") if compile_cache is None else compile_cache
             ),
             cuda_graphs=_switch(environment, "FLUX_ENGINE_CUDA_GRAPHS") if cuda_graphs is None else cuda_graphs,
+            limit_threads="OMP_NUM_THREADS" not in environment,
             embedding_cache=embedding_cache,
             weights=Path(weights) if weights else None,
             cache=_cache(environment),

@@ -96,6 +96,22 @@ def free_memory() -> int:
     return max(0, min(found))
 
 
+def processors() -> int:
+    """How many of the machine's this process may use: those it is bound to, or what its container has time on."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, _, period = _read(f"{CGROUP}/cpu.max").partition(" ")
+    if quota.isdecimal() and period.strip().isdecimal():
+        bound = min(bound, -(-int(quota) // int(period)))
+    return max(1, bound)
+
+
+def limit_threads() -> None:
+    """Have torch compute with no more threads than there are processors for this process: it counts the machine's, and
+    with twice as many a step takes several times as long. For the whole process; fewer stay as they are."""
+    if torch.get_num_threads() > processors():
+        torch.set_num_threads(processors())
+
+
 def _read(path: str) -> str:
     try:
         return Path(path).read_text(encoding="ascii")

@@ -89,6 +89,8 @@ def load(
     if config.cuda_graphs and target.type != "cuda":
         raise UnsupportedError(f"cuda_graphs asked for, but the device is {target}: graphs are captured on CUDA")
     kernels.choose(config.kernels, target)
+    if config.limit_threads:
+        hardware.limit_threads()
     known = hub.manifests(config.weights)
     early = hub.spec_of(_named(model), known)
     if early is not None:  # what cannot be is refused before gigabytes are fetched

@@ -13,7 +13,16 @@ from conftest import assert_the_same, relative_error
 from PIL import Image
 
 import flux_engine
-from flux_engine import InvalidRequest, OutOfMemory, Request, RequestCancelled, UnknownModel, UnsupportedError
+from flux_engine import (
+    EngineConfig,
+    InvalidRequest,
+    OutOfMemory,
+    Request,
+    RequestCancelled,
+    UnknownModel,
+    UnsupportedError,
+    hardware,
+)
 from flux_engine.engine import Engine
 from flux_engine.pipeline import Step
 
@@ -282,3 +291,30 @@ def test_what_people_call_a_field_leads_to_it(engine: Engine) -> None:
     for name, meant in {"steps": "num_inference_steps", "on_stp": "on_step", "size": "width"}.items():
         with pytest.raises(InvalidRequest, match=f"did you mean '{meant}'"):
             engine("a circle", **{name: 3})
+
+
+@pytest.mark.parametrize(
+    ("quota", "bound", "wanted"),
+    [("max 100000", 6, 6), ("200000 100000", 6, 2), ("150000 100000", 6, 2), ("50000 100000", 6, 1), ("", 6, 6),
+     ("900000 100000", 6, 6), ("nonsense", 3, 3)],
+)  # fmt: skip
+def test_threads_are_for_the_processors_of_this_process(
+    quota: str, bound: int, wanted: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "cpu.max").write_text(quota)
+    monkeypatch.setattr(hardware, "CGROUP", str(tmp_path))
+    monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda _: set(range(bound)))
+    assert hardware.processors() == wanted
+    before = torch.get_num_threads()
+    try:
+        for threads, left in ((wanted + 2, wanted), (1, 1)):
+            torch.set_num_threads(threads)
+            hardware.limit_threads()
+            assert torch.get_num_threads() == left
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_number_of_threads_that_was_said_stays() -> None:
+    assert not EngineConfig.from_environment(environment={"OMP_NUM_THREADS": "9"}).limit_threads
+    assert EngineConfig.from_environment(environment={}).limit_threads
