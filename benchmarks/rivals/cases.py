@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -95,7 +95,7 @@ def make(case: Case, folder: Path) -> Path:
     """The case's folder, which is written where it is not there: weights and config as diffusers keeps them, inputs,
     reference."""
     place = folder / case.name
-    wanted = json.dumps({**asdict(case), "config": dict(case.config)}, default=list)
+    wanted = json.dumps(asdict(replace(case, config=dict(case.config))), default=list)
     if (place / CASE).is_file() and json.loads((place / CASE).read_text())["case"] == json.loads(wanted):
         return place
     place.mkdir(parents=True, exist_ok=True)

@@ -177,13 +177,19 @@ class QuantizedLinear(nn.Module):
         """By a kernel, or weights come back to the dtype of x some rows at a time."""
         if self.scheme is FP8_STORAGE and kernels.on_card("fp8_storage_linear", x):
             return torch.ops.flux_kernels.fp8_storage_linear(x, self.weight, self.weight_scale, self.bias)
-        count = max(1, WORK // (4 * self.in_features))
-        parts: list[Tensor] = []
-        for start in range(0, self.out_features, count):
-            rows = slice(start, start + count)
-            weight = (self.weight[rows].float() * self.weight_scale[rows, None]).to(x.dtype)
-            parts.append(F.linear(x, weight, None if self.bias is None else self.bias[rows]))
+        count = max(1, (WORK if x.is_cuda else BLOCK) // (2 * self.in_features))
+        parts = [self._block(x, slice(start, start + count)) for start in range(0, self.out_features, count)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def _block(self, x: Tensor, rows: slice) -> Tensor:
+        """Some columns of the result."""
+        bias = None if self.bias is None else self.bias[rows]
+        if x.dtype is torch.float16:  # sums before their scale would run over
+            weight = (self.weight[rows].float() * self.weight_scale[rows, None]).to(x.dtype)
+            return F.linear(x, weight, bias)
+        # Numbers of 8 bits are exact in bfloat16: so there is one pass over the weight, and scales are of few sums.
+        out = F.linear(x, self.weight[rows].to(x.dtype)).float().mul_(self.weight_scale[rows])
+        return (out if bias is None else out.add_(bias)).to(x.dtype)
 
 
 def int8_product(a: Tensor, b: Tensor) -> Tensor:
