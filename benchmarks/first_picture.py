@@ -1,9 +1,10 @@
 """From the start of a process to its first picture: flux-engine against diffusers' FluxPipeline, same weights.
 
-    python -m benchmarks.first_picture [--model demo-schnell] [--repeats 7] [--dtype bfloat16]
+    python -m benchmarks.first_picture [--model demo-schnell] [--repeats 7] [--dtype bfloat16] [--compile]
 
 Both make one picture of the same size in the same number of steps and dtype, from files on disk. `import` runs from
 the start of the interpreter until everything needed is imported; `load` reads the model; `picture` is the request.
+`--compile` adds flux-engine with compile="default", with nothing kept of it and with what an earlier process kept.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from pathlib import Path
 
 from benchmarks import harness
 
@@ -19,7 +21,7 @@ PROMPT = "a large red circle on a blue background"
 COMMON = """
 import json, sys, time
 from flux_engine.cli import _since_process_start as now
-prompt, place, dtype, steps, side, length = sys.argv[1:7]
+prompt, place, dtype, steps, side, length, cache = sys.argv[1:8]
 steps, side, length = int(steps), int(side), int(length)
 def finish(**seconds):
     # Not by getrusage, whose figure begins with that of the process that started this one.
@@ -32,7 +34,10 @@ OURS = (
 import flux_engine
 load = flux_engine.load
 imported = now()
-began = time.perf_counter(); engine = load(place, device="cpu", dtype=dtype); loaded = time.perf_counter() - began
+began = time.perf_counter()
+compiled = {"compile": "default", "compile_cache": cache} if cache else {}
+engine = load(place, device="cpu", dtype=dtype, **compiled)
+loaded = time.perf_counter() - began
 began = time.perf_counter()
 image = engine(prompt, seed=0, num_inference_steps=steps, width=side, height=side).image
 finish(**{"import": imported, "load": loaded, "picture": time.perf_counter() - began})
@@ -64,6 +69,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo-schnell")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
 
     from flux_engine import load
@@ -76,12 +82,18 @@ def main() -> None:
     side, _ = spec.sizes.named("1:1")
     shared = [args.dtype, str(spec.num_inference_steps), str(side), str(spec.max_sequence_length)]
     with tempfile.TemporaryDirectory() as folder:
-        engine.export(folder)
+        engine.export(Path(folder) / "exported")
+        ours = [sys.executable, "-c", OURS, PROMPT, args.model, *shared]
+        candidates = {
+            "flux-engine": [*ours, ""],
+            "diffusers": [sys.executable, "-c", THEIRS, PROMPT, f"{folder}/exported", *shared, ""],
+        }
+        if args.compile:
+            emptied = f"import shutil; shutil.rmtree({folder + '/cold'!r}, ignore_errors=True)"
+            nothing = [sys.executable, "-c", emptied + OURS, PROMPT, args.model, *shared, f"{folder}/cold"]
+            candidates |= {"compiled, nothing kept": nothing, "compiled, kept": [*ours, f"{folder}/kept"]}
         runs = harness.interleave(
-            {
-                "flux-engine": [sys.executable, "-c", OURS, PROMPT, args.model, *shared],
-                "diffusers": [sys.executable, "-c", THEIRS, PROMPT, folder, *shared],
-            },
+            candidates,
             repeats=args.repeats,
             environment={"HF_HUB_OFFLINE": "1"},
         )
