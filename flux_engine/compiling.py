@@ -206,14 +206,16 @@ def _folder(config: EngineConfig, family: Family[Any]) -> Path | None:
 def made_for(family: Family[Any], mode: str) -> dict[str, str]:
     """What compiled code depends on."""
     device = family.net.device
-    features = torch.cpu.get_capabilities()
+    features, threads = torch.cpu.get_capabilities(), torch.get_num_threads()
     known = hashlib.sha256(repr(sorted(features.items())).encode()).hexdigest()[:8]
     return {
         "model": repr(family.spec),
         "dtype": str(family.net.dtype),
         "quantization": family.quantization,
         "mode": mode,
-        "device": hardware.describe(device) if device.type == "cuda" else f"CPU {known}",
+        "device": hardware.describe(device)
+        if device.type == "cuda"
+        else f"CPU {known}, {torch.get_num_threads()} threads",
         "kernels": build.library().stem,
         "flux_engine": __version__,
         "torch": torch.__version__,

@@ -82,8 +82,9 @@ def describe(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
         }
         return {"attention": "torch", "linears": "torch", **found}
     computes = _choice()
-    if not computes or dtype not in cpu.DTYPES:
-        said = "torch" if computes else f"torch ({cpu.why_not() or 'kernels are off'})"
+    if device.type != "cpu" or not computes or dtype not in cpu.DTYPES:
+        missing = device.type == "cpu" and not computes
+        said = f"torch ({cpu.why_not() or 'kernels are off'})" if missing else "torch"
         return dict.fromkeys(("attention", "linears", "int8", "tokens"), said)
     products = f"flux_kernels ({cpu.isa()})"
     wide = products if dtype is torch.bfloat16 else f"torch ({str(dtype).removeprefix('torch.')})"

@@ -174,6 +174,7 @@ print(json.dumps({"made": made, "found": counters["inductor"]["fxgraph_cache_hit
 
 def child(folder: Path, dtype: str) -> dict[str, int]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("TORCHINDUCTOR")}
+    clean["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # code for processors is for a number of threads
     done = subprocess.run(
         [sys.executable, "-c", CHILD, str(folder), dtype], capture_output=True, text=True, check=False, env=clean
     )
@@ -192,6 +193,7 @@ def test_what_is_kept_is_for_this_model_dtype_and_these_versions(compiled: Engin
     told = json.loads((folder / compiling.MADE_FOR).read_text())
     assert told == compiling.made_for(family, "default")
     assert told["torch"] == torch.__version__ and "demo-dev" in told["model"]
+    assert told["device"].endswith(f"{torch.get_num_threads()} threads")
     for config in (EngineConfig(compile="max-autotune", compile_cache=cache),):
         assert compiling._folder(config, family) != folder
     other = flux_engine.load("demo-schnell", device="cpu", dtype="bfloat16")._pipeline.family
