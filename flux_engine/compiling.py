@@ -213,9 +213,8 @@ def made_for(family: Family[Any], mode: str) -> dict[str, str]:
         "dtype": str(family.net.dtype),
         "quantization": family.quantization,
         "mode": mode,
-        "device": hardware.describe(device)
-        if device.type == "cuda"
-        else f"CPU {known}, {torch.get_num_threads()} threads",
+        # Inductor writes code for processors for a number of threads.
+        "device": hardware.describe(device) if device.type == "cuda" else f"CPU {known}, {threads} threads",
         "kernels": build.library().stem,
         "flux_engine": __version__,
         "torch": torch.__version__,
