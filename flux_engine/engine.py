@@ -200,7 +200,11 @@ class Engine:
         if hot and graphs is None:
             raise InvalidRequest("hot sizes are of compiled graphs: load the model with compile='default'")
         before = graphs.made if graphs else 0
-        for request in examples(self.spec) if requests is None else requests:
+        if requests is None:
+            requests = examples(self.spec)
+            if self._slow:
+                requests += [dataclasses.replace(one, go_fast=False) for one in requests]
+        for request in requests:
             self.run(request)
         for request in hot:
             assert graphs is not None

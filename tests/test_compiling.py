@@ -239,6 +239,14 @@ def test_examples_are_requests_of_the_model(model: str) -> None:
         assert len(engine.run(request).images) == request.num_outputs
 
 
+def test_both_precisions_are_warmed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = flux_engine.load("demo-dev", device="cpu", quantization="both")
+    run, ran = engine.run, list[bool | None]()
+    monkeypatch.setattr(engine, "run", lambda request: (ran.append(request.go_fast), run(request)))
+    engine.warm_up()
+    assert ran == [None, None, False, False]
+
+
 def test_without_compile_dynamo_is_not_used() -> None:
     code = "import sys, flux_engine; flux_engine.load; print('torch._inductor.compile_fx' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
