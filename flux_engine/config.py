@@ -115,7 +115,6 @@ class EngineConfig:
         environment: Mapping[str, str] = os.environ,
     ) -> EngineConfig:
         """Explicit values first, then the environment, then the defaults."""
-        weights = environment.get("FLUX_ENGINE_WEIGHTS")
         return cls(
             device=device or environment.get("FLUX_ENGINE_DEVICE", "auto"),
             dtype=dtype or environment.get("FLUX_ENGINE_DTYPE", "auto"),
@@ -129,7 +128,7 @@ class EngineConfig:
             cuda_graphs=_switch(environment, "FLUX_ENGINE_CUDA_GRAPHS") if cuda_graphs is None else cuda_graphs,
             limit_threads="OMP_NUM_THREADS" not in environment,
             embedding_cache=embedding_cache,
-            weights=Path(weights) if weights else None,
+            weights=_path(environment.get("FLUX_ENGINE_WEIGHTS")),
             cache=_cache(environment),
             lora_cache=_bytes_of(environment, "FLUX_ENGINE_LORA_CACHE", cls.lora_cache),
             civitai_api_token=environment.get("CIVITAI_API_TOKEN"),

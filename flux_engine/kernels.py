@@ -20,7 +20,7 @@ _chosen: bool | None = None
 """Whether kernels compute where a processor does. A plain value, so that torch.compile has it for a constant; None
 until it is first asked for, or an engine is loaded."""
 _on_card: frozenset[tuple[str, torch.dtype, torch.dtype | None]] = frozenset()
-"""The same for the card of the last engine: ops, with the dtypes that `arch.available` tells of."""
+"""The same for the card of the last engine on one: ops, with the dtypes that `arch.available` tells of."""
 
 
 def choose(setting: str, device: torch.device = CPU) -> None:
@@ -31,7 +31,8 @@ def choose(setting: str, device: torch.device = CPU) -> None:
     if setting == "on" and reason:
         raise UnsupportedError(f"kernels 'on' asked for, but {reason}; use 'auto'")
     _chosen = setting != "off" and cpu.why_not() is None
-    _on_card = for_card(capability) if capability and setting != "off" and not reason else frozenset()
+    if capability or setting == "off":  # an engine on a processor takes no kernels from one on a card
+        _on_card = for_card(capability) if capability and setting != "off" and not reason else frozenset()
 
 
 def for_card(capability: arch.Capability) -> frozenset[tuple[str, torch.dtype, torch.dtype | None]]:
