@@ -288,7 +288,7 @@ SDXL_LIGHTNING_4STEP = replace(
     name="sdxl-lightning-4step",
     schedule=DiffusionSchedule(timestep_spacing="trailing"),
     num_inference_steps=4,
-    guidance_scale=None,
+    guidance_scale=1.0,
 )
 SDXL_LIGHTNING_2STEP = replace(SDXL_LIGHTNING_4STEP, name="sdxl-lightning-2step", num_inference_steps=2)
 SDXL_LIGHTNING_8STEP = replace(SDXL_LIGHTNING_4STEP, name="sdxl-lightning-8step", num_inference_steps=8)

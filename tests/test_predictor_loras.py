@@ -61,7 +61,7 @@ def speak(tmp_path_factory: pytest.TempPathFactory, lines: list[str]) -> Callabl
     def speak(schema: str, **options: Any) -> Predictor:
         key = json.dumps([schema, {name: str(value) for name, value in options.items()}])
         if key not in made:
-            options = {"model": "demo-dev", "local_loras": True} | options
+            options = {"model": "demo-dev", "local_files": True} | options
             folder = tmp_path_factory.mktemp("out")
             made[key] = Predictor(schema, device="cpu", dtype="float32", output_dir=folder, say=lines.append, **options)
         return made[key]

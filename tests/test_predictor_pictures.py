@@ -48,6 +48,8 @@ from flux_engine.replicate.schema import InvalidInput
 from flux_engine.replicate.schemas import SCHEMAS, find_schema
 from flux_engine.specs import SPECS, ControlNetSpec, ModelSpec, refined
 
+MULTI = "sdxl-multi-controlnet-lora"
+
 PHOTO = (1600, 900)
 CONTROLNETS = {
     "sdxl-controlnet-canny": ["canny"],
@@ -236,9 +238,9 @@ MADE = [
     ("sdxl", {"image": photo_content, "width": 512, "height": 512}, ["out-0.png"], (176, 104)),
     ("sdxl", {"image": photo_content, "mask": mask_content, "width": 512, "height": 768}, ["out-0.png"], (64, 96)),
     ("sdxl-controlnet", {}, ["output.png"], (168, 96)),
-    ("sdxl-multi-controlnet", {}, ["out-0.png"], (96, 96)),
-    ("sdxl-multi-controlnet", {"image": photo_content}, ["out-0.png"], (96, 96)),
-    ("sdxl-multi-controlnet", {"image": photo_content, "sizing_strategy": "input_image"}, ["out-0.png"], (128, 72)),
+    (MULTI, {}, ["out-0.png"], (96, 96)),
+    (MULTI, {"image": photo_content}, ["out-0.png"], (96, 96)),
+    (MULTI, {"image": photo_content, "sizing_strategy": "input_image"}, ["out-0.png"], (128, 72)),
 ]  # fmt: skip
 
 
@@ -313,11 +315,11 @@ SQUARE = data_uri(photo(size=(700, 700)))
         ("sdxl-controlnet", {}, (1344, 768)),
         ("sdxl-controlnet", {"image": SQUARE}, (1024, 1024)),
         ("sdxl-controlnet", {"image": TALL}, (512, 2048)),
-        ("sdxl-multi-controlnet", {}, (768, 768)),
-        ("sdxl-multi-controlnet", {"image": photo_content, "mask": mask_content, "width": 640}, (640, 768)),
-        ("sdxl-multi-controlnet", {"image": photo_content, "sizing_strategy": "input_image"}, (1024, 576)),
-        ("sdxl-multi-controlnet", {"controlnet_2_image": TALL, "sizing_strategy": "controlnet_2_image"}, (1024, 2048)),
-        ("sdxl-multi-controlnet",
+        (MULTI, {}, (768, 768)),
+        (MULTI, {"image": photo_content, "mask": mask_content, "width": 640}, (640, 768)),
+        (MULTI, {"image": photo_content, "sizing_strategy": "input_image"}, (1024, 576)),
+        (MULTI, {"controlnet_2_image": TALL, "sizing_strategy": "controlnet_2_image"}, (1024, 2048)),
+        (MULTI,
          {"image": SQUARE, "mask": mask_content, "sizing_strategy": "mask_image", "width": 5}, (1024, 576)),
     ],
 )  # fmt: skip
@@ -353,14 +355,14 @@ def test_what_answers_for_what() -> None:
         "soft_edge_pidi": "soft_edge", "soft_edge_hed": "soft_edge", "lineart": "lineart", "lineart_anime": "lineart",
         "openpose": "pose",
     }  # fmt: skip
-    declared = find_schema("sdxl-multi-controlnet")
+    declared = find_schema(MULTI)
     choices = next(one.choices for one in declared.inputs if one.name == "controlnet_3")
     assert choices == ("none", *kinds)
     pickled: list[str] = []
     for name, kind in kinds.items():
         said = {"controlnet_3": name, "controlnet_3_image": SQUARE, "controlnet_3_conditioning_scale": 1.5}
         said |= {"controlnet_3_start": 0.1, "controlnet_3_end": 0.9}
-        made = request_of("sdxl-multi-controlnet", WITH_CONTROLNETS, **said)
+        made = request_of(MULTI, WITH_CONTROLNETS, **said)
         (control,) = made.control  # pyright: ignore[reportGeneralTypeIssues]
         assert isinstance(control, Control)
         assert (control.kind, control.preprocess) == (kind, name)
@@ -372,7 +374,7 @@ def test_what_answers_for_what() -> None:
             pickled.append(name)
     assert pickled == ["depth_leres", "soft_edge_pidi", "lineart", "lineart_anime", "openpose"]
     one_kind = replace(SPECS["sdxl"], controlnets=(ControlNetSpec(name="x", kinds={"soft_edge": None}),))
-    made = request_of("sdxl-multi-controlnet", one_kind, controlnet_1="lineart", controlnet_1_image=SQUARE)
+    made = request_of(MULTI, one_kind, controlnet_1="lineart", controlnet_1_image=SQUARE)
     assert made.control[0].kind == "soft_edge"  # pyright: ignore[reportIndexIssue, reportAttributeAccessIssue]
 
 
@@ -408,15 +410,15 @@ MATTERS = [
     ("sdxl", {}, {"refine": "base_image_refiner", "refine_steps": 4}),
     ("sdxl-controlnet", {}, {"image": other_photo}),
     ("sdxl-controlnet", {}, {"condition_scale": 0}),
-    ("sdxl-multi-controlnet", {"controlnet_1": "edge_canny", "controlnet_1_image": photo_content},
+    (MULTI, {"controlnet_1": "edge_canny", "controlnet_1_image": photo_content},
      {"controlnet_1": "none"}),
-    ("sdxl-multi-controlnet", {"controlnet_2": "edge_canny", "controlnet_2_image": photo_content},
+    (MULTI, {"controlnet_2": "edge_canny", "controlnet_2_image": photo_content},
      {"controlnet_2_image": other_photo}),
-    ("sdxl-multi-controlnet", {"controlnet_3": "edge_canny", "controlnet_3_image": photo_content},
+    (MULTI, {"controlnet_3": "edge_canny", "controlnet_3_image": photo_content},
      {"controlnet_3": "illusion"}),
-    ("sdxl-multi-controlnet", {"controlnet_3": "edge_canny", "controlnet_3_image": photo_content},
+    (MULTI, {"controlnet_3": "edge_canny", "controlnet_3_image": photo_content},
      {"controlnet_3_end": 0.5}),
-    ("sdxl-multi-controlnet", {}, {"refine": "base_image_refiner", "refine_steps": 4}),
+    (MULTI, {}, {"refine": "base_image_refiner", "refine_steps": 4}),
 ]  # fmt: skip
 
 
@@ -436,7 +438,7 @@ def test_every_input_matters(speak: Speak, schema: str, given: dict[str, Any], c
         ("sdxl", {}, {"high_noise_frac": 0.1, "refine_steps": 3, "prompt_strength": 0.1}),
         ("sdxl", {}, {"mask": mask_content}),
         ("sdxl", {}, {"lora_scale": 0.9, "replicate_weights": " "}),
-        ("sdxl-multi-controlnet", {}, {"controlnet_1_image": "never looked at", "controlnet_1_end": 0.5}),
+        (MULTI, {}, {"controlnet_1_image": "never looked at", "controlnet_1_end": 0.5}),
         ("flux-fill-dev", {}, {"lora_scale": 2}),
     ],
 )  # fmt: skip
@@ -448,7 +450,7 @@ def test_what_does_not_apply_changes_nothing(
 
 def test_control_pictures_come_first(speak: Speak) -> None:
     paths = run(
-        speak("sdxl-multi-controlnet"),
+        speak(MULTI),
         controlnet_1="illusion",
         controlnet_1_image=photo_content,
         controlnet_3="edge_canny",
@@ -466,8 +468,8 @@ def test_two_of_one_kind_and_several_windows(speak: Speak) -> None:
     """They add up: half and half is the whole."""
     one = {"controlnet_1": "edge_canny", "controlnet_1_image": photo_content, "controlnet_1_conditioning_scale": 1.0}
     two = {"controlnet_2": "edge_canny", "controlnet_2_image": photo_content, "controlnet_2_conditioning_scale": 0.5}
-    whole = run(speak("sdxl-multi-controlnet"), **one)
-    halves = run(speak("sdxl-multi-controlnet"), **one | two | {"controlnet_1_conditioning_scale": 0.5})
+    whole = run(speak(MULTI), **one)
+    halves = run(speak(MULTI), **one | two | {"controlnet_1_conditioning_scale": 0.5})
     assert [path.name for path in halves] == ["control-0.png", "control-1.png", "out-0.png"]
     first, second = (np.asarray(Image.open(paths[-1]), dtype=float) for paths in (whole, halves))
     assert np.abs(first - second).max() <= 1
@@ -487,15 +489,25 @@ def test_every_form_of_a_picture(speak: Speak, tmp_path: Path, monkeypatch: pyte
     url = "https://example.com/photo.png"
     forms = [
         path,
-        str(path),
         photo_content,
         base64.b64encode(content(photo())).decode(),
         io.BytesIO(content(photo())),
         url,
     ]
     made = {last(speak("flux-canny-dev"), control_image=form, megapixels="0.25") for form in forms}
+    monkeypatch.setattr(speak("flux-canny-dev"), "local_files", True)
+    made.add(last(speak("flux-canny-dev"), control_image=str(path), megapixels="0.25"))
     assert len(made) == 1
     assert fetched == [url]  # once, although it gives the size as well
+
+
+def test_a_text_opens_no_file(speak: Speak, tmp_path: Path) -> None:
+    """A host hands over as text what it did not take for a link."""
+    path = tmp_path / "photo.png"
+    path.write_bytes(content(photo()))
+    with pytest.raises(InvalidInput, match="is neither a link, nor a data URI") as caught:
+        run(speak("flux-canny-dev"), control_image=str(path))
+    assert caught.value.field == "control_image"
 
 
 def test_links_into_private_networks_are_refused(speak: Speak) -> None:
@@ -517,11 +529,11 @@ REFUSED = [
     ("flux-redux-dev", {"redux_image": "nothing.png"}, {"redux_image": "'nothing.png'"}),
     ("sdxl", {"replicate_weights": "one word"}, {"replicate_weights": LORA}),
     ("sdxl-controlnet", {"image": None}, {"image": "no edges to follow"}),
-    ("sdxl-multi-controlnet", {"lora_weights": "ftp://example.com/x.tar"}, {"lora_weights": LORA}),
-    ("sdxl-multi-controlnet", {"controlnet_1": "edge_canny", "controlnet_3": "illusion"},
+    (MULTI, {"lora_weights": "ftp://example.com/x.tar"}, {"lora_weights": LORA}),
+    (MULTI, {"controlnet_1": "edge_canny", "controlnet_3": "illusion"},
      {"controlnet_1_image": "controlnet_1 'edge_canny' needs a picture", "controlnet_3_image": "controlnet_3"}),
-    ("sdxl-multi-controlnet", {"sizing_strategy": "input_image"}, {"image": "sizing_strategy says"}),
-    ("sdxl-multi-controlnet", {"sizing_strategy": "controlnet_2_image"}, {"controlnet_2_image": "sizing_strategy"}),
+    (MULTI, {"sizing_strategy": "input_image"}, {"image": "sizing_strategy says"}),
+    (MULTI, {"sizing_strategy": "controlnet_2_image"}, {"controlnet_2_image": "sizing_strategy"}),
 ]  # fmt: skip
 
 
@@ -569,7 +581,7 @@ def test_what_is_refused(
         ("sdxl", {"refine": "base_image_refiner", "refine_steps": -1}, "refine_steps"),
         ("flux-dev", {"prompt": "x" * 200_000}, "prompt"),
         ("flux-dev", {"image": data_uri(photo(size=(2000, 20)))}, "image"),
-        ("sdxl-multi-controlnet",
+        (MULTI,
          {"controlnet_1": "edge_canny", "controlnet_1_image": photo_content, "controlnet_1_start": 0.9,
           "controlnet_1_end": 0.1}, "control"),
     ],
@@ -585,7 +597,7 @@ def test_what_the_model_cannot_do_is_refused_too(
 
 
 def test_a_preprocessor_that_is_not_here(fresh: Callable[..., tuple[Predictor, list[str]]]) -> None:
-    predictor, _ = fresh("sdxl-multi-controlnet")
+    predictor, _ = fresh(MULTI)
     with pytest.raises(UnsupportedError, match="lineart_anime cannot be made here"):
         run(predictor, controlnet_1="lineart_anime", controlnet_1_image=photo_content)
 
@@ -593,15 +605,15 @@ def test_a_preprocessor_that_is_not_here(fresh: Callable[..., tuple[Predictor, l
 def test_what_is_loaded(fresh: Callable[..., tuple[Predictor, list[str]]], published: Path) -> None:
     found = {schema: fresh(schema)[0] for schema in SCHEMAS}
     models = {"flux-redux-dev": "flux-dev", "flux-redux-schnell": "flux-schnell", "sdxl-controlnet": "sdxl"}
-    models |= {"sdxl-multi-controlnet": "sdxl", "flux-schnell-lora": "flux-schnell", "flux-dev-lora": "flux-dev"}
+    models |= {MULTI: "sdxl", "flux-schnell-lora": "flux-schnell", "flux-dev-lora": "flux-dev"}
     models["flux-finetune"] = "flux-dev"
     for schema, predictor in found.items():
         assert predictor.model == predictor.spec.name == models.get(schema, schema)
         assert predictor.redux == ("flux-redux-dev" if "redux" in schema else None)
-        assert predictor.refiner == ("sdxl-refiner" if schema in ("sdxl", "sdxl-multi-controlnet") else None)
+        assert predictor.refiner == ("sdxl-refiner" if schema in ("sdxl", MULTI) else None)
     assert found["sdxl-controlnet"].controlnets == ("sdxl-controlnet-canny",)
-    assert found["sdxl-multi-controlnet"].controlnets == tuple(CONTROLNETS)
-    assert found["sdxl-multi-controlnet"].spec.controls == (
+    assert found[MULTI].controlnets == tuple(CONTROLNETS)
+    assert found[MULTI].spec.controls == (
         "canny",
         "depth",
         "pose",
@@ -610,21 +622,21 @@ def test_what_is_loaded(fresh: Callable[..., tuple[Predictor, list[str]]], publi
         "illusion",
     )
     (published / "manifests" / "mine.toml").write_text((published / "manifests" / "sdxl.toml").read_text())
-    other = fresh("sdxl-multi-controlnet", model="mine")[0]
+    other = fresh(MULTI, model="mine")[0]
     assert other.refiner is None
-    assert other.spec.controls == found["sdxl-multi-controlnet"].spec.controls  # by kind
+    assert other.spec.controls == found[MULTI].spec.controls  # by kind
     with pytest.raises(InvalidInput) as caught:
         run(other, refine="base_image_refiner")
     assert caught.value.field == "refine"
     assert "none is loaded with mine" in str(caught.value)
     with pytest.raises(InvalidInput, match=r"controlnet_1: 'illusion' needs a ControlNet for illusion; .*: canny"):
         run(
-            fresh("sdxl-multi-controlnet", model="mine", controlnets=["canny"])[0],
+            fresh(MULTI, model="mine", controlnets=["canny"])[0],
             controlnet_1="illusion",
             controlnet_1_image=photo_content,
         )
     with pytest.raises(UnknownModel, match="no ControlNet 'depth' for demo-dev"):
-        run(fresh("sdxl-multi-controlnet", model="demo-dev")[0])
+        run(fresh(MULTI, model="demo-dev")[0])
     with pytest.raises(UnknownModel, match="sdxl-refine"):
         fresh("sdxl", refiner="sdxl-refine")
     with pytest.raises(InvalidRequest, match="demo-dev does not change a picture"):
@@ -638,7 +650,7 @@ def test_another_model_with_a_refiner_of_its_own(published: Path, tmp_path: Path
     (published / "manifests" / "mine.toml").write_text((published / "manifests" / "sdxl.toml").read_text())
     path = published / "sdxl-controlnet-canny.safetensors"
     predictor = Predictor(
-        "sdxl-multi-controlnet", model="mine", refiner="sdxl-refiner", controlnets={"canny": path}, device="cpu",
+        MULTI, model="mine", refiner="sdxl-refiner", controlnets={"canny": path}, device="cpu",
         dtype="float32", output_dir=tmp_path, say=lambda _: None,
     )  # fmt: skip
     paths = run(
@@ -672,7 +684,7 @@ def test_nothing_is_left_of_the_prediction_before(speak: Speak, tmp_path: Path) 
         ("flux-dev", {"image": photo_content, "prompt_strength": 0.5}),
         ("sdxl", {"image": photo_content, "mask": mask_content, "refine": "base_image_refiner", "refine_steps": 4}),
         (
-            "sdxl-multi-controlnet",
+            MULTI,
             {"controlnet_1": "edge_canny", "controlnet_1_image": photo_content, "num_outputs": 2},
         ),
     ):
@@ -689,7 +701,7 @@ def test_nothing_is_left_of_the_prediction_before(speak: Speak, tmp_path: Path) 
 
 
 def test_what_fails_leaves_no_files(speak: Speak, monkeypatch: pytest.MonkeyPatch) -> None:
-    predictor = speak("sdxl-multi-controlnet")
+    predictor = speak(MULTI)
     asked = {"controlnet_1": "edge_canny", "controlnet_1_image": photo_content}
     run(predictor, **asked)
     assert predictor.output_dir is not None

@@ -1,4 +1,5 @@
-"""The command line: `flux-engine generate|lora|models|download|info|plan|bench|warmup|inspect|convert|quantize|schema`.
+"""The command line: `flux-engine generate|lora|models|download|info|plan|bench|warmup|inspect|convert|quantize|schema|
+validate`.
 
 A request is checked before torch is imported, so a slip of the keyboard answers in a tenth of a second.
 """
@@ -11,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from flux_engine import __version__
-from flux_engine.cli import about, bench, generate, library, loras, plans, warmup, weights
+from flux_engine.cli import about, bench, generate, library, loras, plans, published, warmup, weights
 from flux_engine.cli.output import since_process_start as _since_process_start  # noqa: F401  for the benchmarks
 from flux_engine.cli.output import tell
 from flux_engine.errors import FluxEngineError
@@ -21,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 for an error, 2 for bad input."""
     args = _parser().parse_args(argv)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except FluxEngineError as error:
         tell(f"flux-engine: {error}")
         return 2 if isinstance(error, ValueError) else 1
@@ -31,7 +32,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"flux-engine {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (generate, loras, library, about, plans, bench, warmup, weights):
+    for group in (generate, loras, library, about, published, plans, bench, warmup, weights):
         group.add(commands)
     return parser
 

@@ -1,4 +1,4 @@
-"""`info` and `schema`: what this machine runs, and what published inputs are."""
+"""`info`: what this machine runs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ import flux_engine
 from flux_engine import __version__, hub
 from flux_engine.cli.output import show
 from flux_engine.config import MEMORY, QUANTIZATIONS, EngineConfig
-from flux_engine.replicate.schemas import SCHEMAS, find_schema
 
 
 def add(commands: Any) -> None:
-    """Declare the commands."""
+    """Declare the command."""
     info = commands.add_parser("info", help="what this machine runs, and with --model what is in force for it")
     info.add_argument("--model")
     info.add_argument("--device")
@@ -24,11 +23,6 @@ def add(commands: Any) -> None:
     info.add_argument("--memory", metavar="SIZE", help=f"that may be taken, as 12GB; or {', '.join(MEMORY)}")
     info.add_argument("--json", action="store_true")
     info.set_defaults(run=_info)
-
-    schema = commands.add_parser("schema", help="show a published input schema")
-    schema.add_argument("name", help=f"one of {', '.join(SCHEMAS)}")
-    schema.add_argument("--openapi", action="store_true", help="as an OpenAPI document")
-    schema.set_defaults(run=_schema)
 
 
 def _info(args: argparse.Namespace) -> None:
@@ -67,17 +61,3 @@ def _show_tree(report: dict[str, Any], indent: str = "") -> None:
             _show_tree(value, indent + "  ")
         else:
             show(f"{indent}{key:16} {value}")
-
-
-def _schema(args: argparse.Namespace) -> None:
-    schema = find_schema(args.name)
-    if args.openapi:
-        show(json.dumps(schema.openapi(), indent=2))
-        return
-    for one in schema.inputs:
-        limits = " | ".join(one.choices)
-        if one.ge is not None or one.le is not None:
-            limits = f"{one.ge:g} to {one.le:g}"
-        default = "required" if one.required else json.dumps(one.default)
-        show(f"{one.name:24} {one.type:8} {default:10} {limits}")
-        show(f"{'':24} {one.description}")

@@ -31,17 +31,18 @@ _LOADING = threading.Lock()
 STARTS = (b"\xff\xd8", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II", b"MM")
 
 
-def read_picture(value: object, field: str, *, urls: bool = False) -> Image.Image:
+def read_picture(value: object, field: str, *, urls: bool = False, paths: bool = True) -> Image.Image:
     """A picture of its own from what a user sent: "RGB", or "RGBA" where some of it is transparent.
 
     A path, a data URI, bare base64, bytes, an open binary file, a PIL image, an array (H, W) or (H, W, 1|3|4) of
-    uint8, uint16, bool or floats in 0..1, or a torch tensor (C, H, W); with `urls` also an http(s) link. Turned as its
-    EXIF says, brought to sRGB as its profile says; of several frames the first. Raises InvalidRequest, nothing else.
+    uint8, uint16, bool or floats in 0..1, or a torch tensor (C, H, W); with `urls` also an http(s) link. Without
+    `paths` a text is no path: what strangers send is not to open files here. Turned as its EXIF says, brought to sRGB
+    as its profile says; of several frames the first. Raises InvalidRequest, nothing else.
     """
     refuse = functools.partial(_refused, field, f"(a {type(value).__name__})")
     try:
         refuse = functools.partial(_refused, field, _named(value))
-        return _picture(value, field, urls, refuse)
+        return _picture(value, field, urls, paths, refuse)
     except InvalidRequest:
         raise
     except Exception as error:  # decoders raise of many types, and none that they share
@@ -82,7 +83,7 @@ def _scheme(text: str) -> str | None:
     return match[1].lower() if match else None
 
 
-def _picture(value: Any, field: str, urls: bool, refuse: Refuse) -> Image.Image:
+def _picture(value: Any, field: str, urls: bool, paths: bool, refuse: Refuse) -> Image.Image:
     if isinstance(value, Image.Image):
         check_size(value.size, refuse)
         with _LOADING:
@@ -92,13 +93,13 @@ def _picture(value: Any, field: str, urls: bool, refuse: Refuse) -> Image.Image:
         return plain(of_array(value, refuse), refuse)
     if hasattr(value, "detach") and hasattr(value, "cpu"):
         return plain(of_array(of_tensor(value, refuse), refuse), refuse)
-    content = _content(value, field, urls, refuse)
+    content = _content(value, field, urls, paths, refuse)
     if len(content) > MAX_BYTES:
         raise refuse(TOO_MANY_BYTES)
     return decode(content, refuse)
 
 
-def _content(value: Any, field: str, urls: bool, refuse: Refuse) -> bytes:
+def _content(value: Any, field: str, urls: bool, paths: bool, refuse: Refuse) -> bytes:
     """The encoded picture; of one that is too large, enough to tell."""
     if isinstance(value, bytes | bytearray | memoryview):
         if memoryview(value).nbytes > MAX_BYTES:
@@ -107,13 +108,13 @@ def _content(value: Any, field: str, urls: bool, refuse: Refuse) -> bytes:
     if isinstance(value, os.PathLike):
         return _of_path(Path(os.fsdecode(value)), refuse)
     if isinstance(value, str):
-        return _of_text(value, field, urls, refuse)
+        return _of_text(value, field, urls, paths, refuse)
     if hasattr(value, "read"):
         return _of_file(value, refuse)
     raise refuse(f"is not a picture: {WAYS}")
 
 
-def _of_text(text: str, field: str, urls: bool, refuse: Refuse) -> bytes:
+def _of_text(text: str, field: str, urls: bool, paths: bool, refuse: Refuse) -> bytes:
     if not text.strip():
         raise refuse(f"is empty: {WAYS}")
     if _is_data(text):
@@ -134,15 +135,24 @@ def _of_text(text: str, field: str, urls: bool, refuse: Refuse) -> bytes:
         return fetch_picture(text.strip(), field=field, limit=MAX_BYTES)
     if scheme:
         raise refuse(f"is a {scheme}:// link, and only http and https are fetched: send the file's path or bytes")
-    try:
-        Path(text).stat()
-    except (OSError, ValueError):
-        if BASE64.fullmatch(text[:4096]):
-            content = _of_base64(text, refuse)
-            if content.startswith(STARTS) or content[4:8] == b"ftyp":
-                return content
-            raise refuse(f"is neither a file that is there nor a picture in base64: {WAYS}") from None
+    if paths and _is_there(text):
+        return _of_path(Path(text), refuse)
+    if BASE64.fullmatch(text[:4096]):
+        content = _of_base64(text, refuse)
+        if content.startswith(STARTS) or content[4:8] == b"ftyp":
+            return content
+        raise refuse(f"is neither a file that is there nor a picture in base64: {WAYS}") from None
+    if not paths:
+        raise refuse("is neither a link, nor a data URI, nor a picture in base64")
     return _of_path(Path(text), refuse)
+
+
+def _is_there(path: str) -> bool:
+    try:
+        Path(path).stat()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _of_base64(text: str, refuse: Refuse) -> bytes:

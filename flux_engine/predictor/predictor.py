@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 import sys
 import tempfile
@@ -26,10 +25,11 @@ from flux_engine.loading import load
 from flux_engine.lora.finding import Found, finder, refer
 from flux_engine.pipeline import Step
 from flux_engine.plan import said
-from flux_engine.predictor.translation import Wanted, translate
-from flux_engine.replicate.schema import InvalidInput, Schema
+from flux_engine.predictor.compat import Compat, as_published, scaled_as_published, seed_of
+from flux_engine.predictor.translation import Translated, Wanted, translate
+from flux_engine.replicate.schema import SHOWN, Input, InvalidInput, Schema
 from flux_engine.replicate.schemas import find_schema
-from flux_engine.request import Request
+from flux_engine.request import Job, Request
 from flux_engine.result import Result
 from flux_engine.specs import FluxSpec, ModelSpec, refined
 
@@ -47,7 +47,7 @@ def say_line(line: str) -> None:
 class Predictor:
     """Speaks one published schema on one model.
 
-    Pictures are sent as paths, open files, data URIs, base64 or links, which are fetched unless they lead into a
+    Pictures are sent as path objects, open files, data URIs, base64 or links, which are fetched unless they lead into a
     private network. A prediction that is refused is refused before the model is loaded.
     """
 
@@ -60,22 +60,25 @@ class Predictor:
         controlnets: ControlNets | Literal["auto"] = "auto",
         redux: Named | Literal["auto"] | None = "auto",
         refiner: Named | Literal["auto"] | None = "auto",
+        base_loras: Sequence[Named] | Literal["auto"] = "auto",
         device: str | None = None,
         dtype: str | None = None,
         quantization: str | None = None,
         memory: str | int | None = None,
-        local_loras: bool = False,
+        local_files: bool = False,
+        compat: Compat | None = None,
         output_dir: Path | None = None,
         say: Callable[[str], None] = say_line,
     ) -> None:
         """`model` defaults to the one that the schema is published for; where an input chooses among several, it says
         which model is which, as {"dev": ..., "schnell": ...}, or the first alone. `lora` is a fine-tune's own, which
-        counts where a prediction names none in its place. `controlnets`, `redux` and `refiner` are loaded
-        with it, as `load` takes them; "auto" is what is published with it, and with another model ControlNets for the
-        same kinds of control picture and no refiner. With quantization "both" `go_fast` chooses between 8 bits and full
-        precision. `local_loras` lets predictions name LoRAs by paths on this machine, which is not for texts that
-        strangers send. `output_dir` receives a folder for every prediction (default: the system's temporary folder).
-        `say` takes the log's lines.
+        counts where a prediction names none in its place. `controlnets`, `redux`, `refiner` and `base_loras`, which
+        every prediction has, are loaded with it, as `load` takes them; "auto" is what is published with it, and with
+        another model ControlNets for the same kinds of control picture and no refiner. With quantization "both"
+        `go_fast` chooses between 8 bits and full precision. `local_files` lets texts name pictures and LoRAs by paths
+        on this machine, which is not for texts that strangers send; a path object always names a picture.
+        `compat="published"` does what predictor/compat.py lists as the published predictors do it. `output_dir`
+        receives a folder for every prediction (default: the system's temporary folder). `say` takes the log's lines.
 
         Raises UnknownSchema, UnknownModel, or WeightsError for a path to nothing.
         """
@@ -98,10 +101,15 @@ class Predictor:
         for name in (*self.models.values(), self.refiner):
             if name is not None:
                 hub.refer(os.fspath(name), known)
+        self.base_loras = self.schema.base_loras if base_loras == "auto" else tuple(base_loras)
+        for name in self.base_loras:
+            refer(name)
         self.lora = None if lora is None else refer(lora, self.schema.bare)
         if self.lora is not None and not self.schema.loras:
             raise InvalidRequest(f"{schema} has no input for the strength of a LoRA: give none", field="lora")
-        self.local_loras = local_loras
+        if compat not in (None, "published"):
+            raise InvalidRequest(f"compat {compat!r} is neither 'published' nor None", field="compat")
+        self.local_files, self.compat = local_files, compat
         self.device, self.dtype, self.quantization, self.memory = device, dtype, quantization, memory
         self.output_dir = output_dir
         self.say = say
@@ -172,34 +180,96 @@ class Predictor:
                 )
             return self._engines[choice]
 
-    def predict(self, *, cancel: threading.Event | None = None, **inputs: Any) -> list[Path] | Path:
+    def predict(
+        self,
+        *,
+        cancel: threading.Event | None = None,
+        record: Callable[[str, float], object] | None = None,
+        **inputs: Any,
+    ) -> list[Path] | Path:
         """Make the pictures of one prediction and return their files, `out-{i}.{format}`, after the control pictures,
         `control-{i}.png`, where the schema returns them; or for a schema of single pictures the one,
         `output.{format}`. They are in a folder of their own, so that two predictions never overwrite each other.
+        `record` is told metrics: "image_count", and seconds of every stage as "timing.denoise".
 
         Raises InvalidInput for inputs the schema refuses, InvalidRequest for what the model cannot do,
         UnsupportedError, RequestCancelled, OutOfMemory or OutputError.
         """
-        values = self.schema.validate(inputs)
-        seed = self._seed(values["seed"])
-        choice = self._choice(values)
-        told = translate(
-            self.schema, values, self._spec(choice), seed=seed, own=self.lora is not None, local=self.local_loras
-        )
-        if choice not in self._engines:
-            told.request.resolve(self._spec(choice))
+        values, choice, told, _ = self._understood(inputs)
         loras = self._fetched(told.loras, values, cancel)
+        request = replace(told.request, loras=loras)
+        if self.compat:
+            request = replace(request, loras=scaled_as_published(loras, request, self._spec(choice)))
         engine = self._ready(choice)
-        self.say(f"Using seed: {seed}")
+        self.say(f"Using seed: {request.seed}")
         for line in (*self._not_in_force(values), *told.notes):
             self.say(line)
         folder = self._folder()
         try:
-            result = self._run(engine, replace(told.request, loras=loras), cancel)
-            return self._write(folder, result, values)
+            result = self._run(engine, request, cancel)
+            written = self._write(folder, result, values)
         except BaseException:  # also a host's cancellation, which is no Exception: nothing half-made is left
             shutil.rmtree(folder, ignore_errors=True)
             raise
+        if record is not None:
+            record("image_count", len(result))
+            for stage, seconds in result.timings.items():
+                record(f"timing.{stage}", round(seconds, 4))
+        return written
+
+    def resolve(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What a prediction of these inputs would be, every default filled in. Nothing is fetched: where a size follows
+        a picture that is a link, width and height are None, and `unread` names it.
+
+        Raises as `predict`, for what can be known without weights and downloads.
+        """
+        values, _, told, job = self._understood(inputs, fetch=False)
+        unknown = bool(told.unread) and told.request.width is None and job.inputs.image is not None
+        return {
+            "schema": self.schema.name,
+            "model": job.spec.name,
+            "inputs": {
+                one.name: shown(one, values[one.name]) for one in self.schema.inputs if values[one.name] is not None
+            },
+            "width": None if unknown else job.width,
+            "height": None if unknown else job.height,
+            "num_outputs": len(job.seeds),
+            "seeds": list(job.seeds),
+            "num_inference_steps": job.num_inference_steps,
+            "guidance_scale": job.guidance_scale if job.spec.guidance_embedded else job.true_cfg_scale,
+            "scheduler": job.scheduler,
+            "loras": [[one.reference.describe() if one.reference else "its own", one.scale] for one in told.loras],
+            "files": self._names(values, len(job.seeds)),
+            "unread": list(told.unread),
+            "notes": [*told.notes, *job.notes],
+        }
+
+    def _understood(
+        self, inputs: Mapping[str, Any], *, fetch: bool = True
+    ) -> tuple[dict[str, Any], str, Translated, Job]:
+        """Values with their defaults, which model draws, what they stand for, and what would be done. Whatever can be
+        refused is refused here, and by the names that the schema has."""
+        values = self.schema.validate(inputs)
+        choice = self._choice(values)
+        spec = self._spec(choice)
+        told = translate(
+            self.schema,
+            values,
+            spec,
+            seed=seed_of(values["seed"], self.schema, spec, self.compat),
+            own=self.lora is not None,
+            local=self.local_files,
+            fetch=fetch,
+        )
+        if self.compat:
+            told = replace(told, request=as_published(told.request, spec))
+        try:
+            return values, choice, told, told.request.resolve(spec)
+        except InvalidRequest as error:
+            source = next((one.name for one in self.schema.inputs if one.field == error.field), None)
+            if source is None:
+                raise
+            raise InvalidInput({source: str(error).removeprefix(f"{error.field} ")}) from None
 
     def _choice(self, values: Mapping[str, Any]) -> str:
         """Which model draws."""
@@ -223,12 +293,8 @@ class Predictor:
             file = self._own_lora() if one.reference is None else find(one.reference)
             # Steps, guidance and scheduler are inputs: a LoRA sets none of them.
             found.append(LoRA(file, one.scale, mode=None))
-        return found
-
-    def _seed(self, asked: int | None) -> int:
-        if asked is None or (self.schema.seeds_from_one and asked <= 0):
-            return secrets.randbits(32)
-        return asked
+        find = finder(config, cancel=cancel)
+        return [*found, *(LoRA(find(name), mode=None) for name in self.base_loras)]
 
     def _not_in_force(self, values: Mapping[str, Any]) -> list[str]:
         """What was asked for and is not done."""
@@ -247,21 +313,23 @@ class Predictor:
             self.say(f"memory: {said(result.moved)} of weights came to the device for it")
         return result
 
-    def _write(self, folder: Path, result: Result, values: Mapping[str, Any]) -> list[Path] | Path:
+    def _names(self, values: Mapping[str, Any], count: int) -> list[str]:
         kind = values.get("output_format", self.schema.output_format)
+        return [f"output.{kind}"] if self.schema.single else [f"out-{index}.{kind}" for index in range(count)]
 
-        def write(name: str, picture: Image, kind: files.ImageFormat) -> Path:
-            path = folder / f"{name}.{kind}"
-            files.write(path, images.encode(picture, kind, quality=values.get("output_quality", 95)))
+    def _write(self, folder: Path, result: Result, values: Mapping[str, Any]) -> list[Path] | Path:
+        quality = values.get("output_quality", 95)
+
+        def write(name: str, picture: Image) -> Path:
+            path = folder / name
+            files.write(path, images.encode(picture, files.image_format(path, None), quality=quality))
             return path
 
-        if self.schema.single:
-            return write("output", result.image, kind)
         controls = result.controls if self.schema.returns_controls else ()
-        return [
-            *(write(f"control-{index}", picture, "png") for index, picture in enumerate(controls)),
-            *(write(f"out-{index}", picture, kind) for index, picture in enumerate(result)),
-        ]
+        written = [write(f"control-{index}.png", picture) for index, picture in enumerate(controls)]
+        names = self._names(values, len(result))
+        written += [write(name, picture) for name, picture in zip(names, result, strict=True)]
+        return written[0] if self.schema.single else written
 
     def _progress(self, step: Step) -> None:
         # A line of its own for every step: clients of hosted models read percentages from whole lines.
@@ -276,6 +344,16 @@ class Predictor:
             return Path(tempfile.mkdtemp(prefix="prediction-", dir=self.output_dir))
         except OSError as error:
             raise OutputError(f"cannot make a folder for the pictures: {error}") from None
+
+
+def shown(one: Input, value: Any) -> Any:
+    """An input's value as it may be told: no secret, and of a picture what kind of thing it is."""
+    if one.type == "secret":
+        return "(a secret)"
+    if one.type != "uri":
+        return value
+    text = value if isinstance(value, str) else type(value).__name__
+    return text if len(text) <= SHOWN else f"{text[:40]}... ({len(text):,} characters)"
 
 
 def _check_choices(schema: Schema, models: Mapping[str, Named]) -> None:

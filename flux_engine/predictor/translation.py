@@ -5,11 +5,12 @@ A picture is read, or fetched, once and only if something depends on it. No weig
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from PIL.Image import Image
+from PIL import Image
 
 from flux_engine import pictures
 from flux_engine.errors import FluxEngineError, InvalidRequest
@@ -24,6 +25,8 @@ from flux_engine.specs import ModelSpec, SDXLSpec
 Size = tuple[int, int]
 """(width, height)."""
 NO_CONTROL = "none"
+LINK = re.compile(r"\s*https?://", re.I)
+STAND_IN = (1024, 1024)
 USED_BY = {"high_noise_frac": "expert_ensemble_refiner", "refine_steps": "base_image_refiner"}
 """Field -> the only way to refine that it says something of."""
 TABLES: Mapping[str, tuple[Size, ...]] = {
@@ -51,13 +54,23 @@ class Translated:
     """What the request is to have, once it is here."""
     notes: tuple[str, ...]
     """A line for what was asked for and does not count."""
+    unread: tuple[str, ...] = ()
+    """Inputs whose links were not fetched."""
 
 
 def translate(
-    schema: Schema, values: Mapping[str, Any], spec: ModelSpec, *, seed: int, own: bool = False, local: bool = False
+    schema: Schema,
+    values: Mapping[str, Any],
+    spec: ModelSpec,
+    *,
+    seed: int,
+    own: bool = False,
+    local: bool = False,
+    fetch: bool = True,
 ) -> Translated:
     """The request that validated inputs stand for. `own` says that there is a LoRA of the model's own, which counts
-    where the first input for one names none; `local` that names of LoRAs may be paths.
+    where the first input for one names none; `local` that texts may name pictures and LoRAs by paths. Without `fetch`
+    a blank square stands for the picture of a link, which `Translated.unread` tells.
 
     Raises InvalidInput that lists every input that is wrong, or InvalidRequest for a model that cannot do what the
     schema is for.
@@ -68,14 +81,14 @@ def translate(
             f"Predictor({schema.name!r}, model=...)",
             field="model",
         )
-    work = _Translation(schema, values, spec)
+    work = _Translation(schema, values, spec, local, fetch)
     fields = work.fields()
-    loras = work.loras(own, local)
+    loras = work.loras(own)
     if work.problems:
         raise InvalidInput(work.problems)
     # The schema sets a seed no limits; torch counts seeds modulo 2^64, so that -1 is its largest.
     fields["seed"] = seed % 2**64
-    return Translated(Request(**fields), loras, tuple(work.notes))
+    return Translated(Request(**fields), loras, tuple(work.notes), tuple(work.unread))
 
 
 @dataclass
@@ -85,9 +98,12 @@ class _Translation:
     schema: Schema
     values: Mapping[str, Any]
     spec: ModelSpec
+    local: bool
+    fetch: bool
+    unread: list[str] = field(default_factory=list[str])
     problems: dict[str, str] = field(default_factory=dict[str, str])
     notes: list[str] = field(default_factory=list[str])
-    _read: dict[str, Image | None] = field(default_factory=dict[str, "Image | None"])
+    _read: dict[str, Image.Image | None] = field(default_factory=dict[str, "Image.Image | None"])
 
     def fields(self) -> dict[str, Any]:
         """Every field of the request but the seed, as far as there are no problems."""
@@ -104,6 +120,7 @@ class _Translation:
         asked = dict(schema.always)
         for name, source in found.items():
             asked[name] = self.picture(source) if self._is_picture(source) else values[source]
+        self.problems |= {name: why for name, why in schema.agreements.items() if not values[name]}
         for name, why in schema.needs.items():
             if values[name] is None and not (name == "mask" and self._has_holes(asked.get("image"))):
                 self.problems.setdefault(name, why)
@@ -112,7 +129,7 @@ class _Translation:
         controls = [control for one in schema.steering if (control := self._control(one)) is not None]
         return asked | {"control": controls}
 
-    def loras(self, own: bool, local: bool) -> tuple[Wanted, ...]:
+    def loras(self, own: bool) -> tuple[Wanted, ...]:
         """What the inputs name, as far as they can be understood; nothing is fetched."""
         found: list[Wanted] = []
         for one in self.schema.loras:
@@ -122,7 +139,7 @@ class _Translation:
                     found.append(Wanted(one.weights, None, scale))
                 continue
             try:
-                reference = refer(text, self.schema.bare, local=local, field=one.weights)
+                reference = refer(text, self.schema.bare, local=self.local, field=one.weights)
             except FluxEngineError as error:
                 self.problems[one.weights] = str(error).removeprefix(f"{one.weights} ")
                 continue
@@ -132,12 +149,17 @@ class _Translation:
                 found.append(Wanted(one.weights, reference, scale))
         return tuple(found)
 
-    def picture(self, name: str) -> Image | None:
+    def picture(self, name: str) -> Image.Image | None:
         """An input's picture, read once. None for one that cannot be read, which is a problem."""
         if name not in self._read:
             self._read[name] = None
+            value = self.values[name]
+            if not self.fetch and isinstance(value, str) and LINK.match(value):
+                self.unread.append(name)
+                self._read[name] = Image.new("RGB", STAND_IN)
+                return self._read[name]
             try:
-                self._read[name] = pictures.read_picture(self.values[name], name, urls=True)
+                self._read[name] = pictures.read_picture(value, name, urls=True, paths=self.local)
             except InvalidRequest as error:
                 self.problems[name] = str(error).removeprefix(f"{name} ")
         return self._read[name]
@@ -145,7 +167,7 @@ class _Translation:
     def _is_picture(self, name: str) -> bool:
         return any(one.name == name and one.type == "uri" for one in self.schema.inputs)
 
-    def _has_holes(self, image: Image | None) -> bool:
+    def _has_holes(self, image: Image.Image | None) -> bool:
         """Also one that could not be read: that is said already."""
         return image is None or pictures.alpha_mask(image) is not None
 

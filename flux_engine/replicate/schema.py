@@ -1,14 +1,15 @@
 """How a published schema is declared; validation and OpenAPI follow from the declaration.
 
-The shapes of the OpenAPI document are those Cog writes (replicate/cog, pkg/schema). Errors are worded as pydantic
-words them, because that is what clients of hosted models have seen.
+The shapes of the OpenAPI document are those Cog writes (replicate/cog, pkg/schema). What is refused is said as Cog up
+to 0.16 answers it, which is pydantic 2's way: `loc`, `msg`, `type`, `input`, `ctx`. Numbers and truth values are taken
+from texts as there, because clients send "42".
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -25,6 +26,89 @@ TYPES: Mapping[str, Mapping[str, Any]] = {
     "uri": {"type": "string", "format": "uri"},
     "secret": {"type": "string", "format": "password", "writeOnly": True, "x-cog-secret": True},
 }
+
+
+class Refusal(ValueError):
+    """Why a value is refused: pydantic's name for it, its words, and what it was held against."""
+
+    def __init__(self, type: str, message: str, **context: Any) -> None:
+        super().__init__(message)
+        self.type, self.context = type, context
+        self.given: dict[str, Any] = {}
+        """The refused value as "input", as far as it may be repeated."""
+        self.said = ""
+        """The same in words."""
+
+    def of(self, value: Any, secret: bool) -> Refusal:
+        """The same, of that value."""
+        plain = isinstance(value, int | float | str | None) and len(str(value)) <= SHOWN
+        self.said = "(a secret)" if secret else _shown(value)
+        self.given = {"input": value if plain and not secret else self.said}
+        return self
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    raise Refusal("string_type", "Input should be a valid string")
+
+
+def _truth(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.strip().lower() in TRUTHS:
+        return TRUTHS[value.strip().lower()]
+    if isinstance(value, str):
+        raise Refusal("bool_parsing", "Input should be a valid boolean, unable to interpret input")
+    raise Refusal("bool_type", "Input should be a valid boolean")
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, str):
+        try:
+            return int(value)
+        except ValueError:
+            message = "Input should be a valid integer, unable to parse string as an integer"
+            raise Refusal("int_parsing", message) from None
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if not isinstance(value, float):
+        raise Refusal("int_type", "Input should be a valid integer")
+    if not math.isfinite(value):
+        raise Refusal("finite_number", "Input should be a finite number")
+    if value != int(value):
+        raise Refusal("int_from_float", "Input should be a valid integer, got a number with a fractional part")
+    return int(value)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise Refusal("float_type", "Input should be a valid number")
+    try:
+        number = float(value)
+    except ValueError:
+        message = "Input should be a valid number, unable to parse string as a number"
+        raise Refusal("float_parsing", message) from None
+    except OverflowError:  # an integer of hundreds of digits
+        number = math.inf
+    if not math.isfinite(number):
+        raise Refusal("finite_number", "Input should be a finite number")
+    return number
+
+
+def _picture(value: Any) -> Any:
+    """What can stand for a picture. Nothing is opened or fetched."""
+    if isinstance(value, str) and not value.strip():
+        raise Refusal("url_parsing", "Input should be a valid URL, input is empty")
+    if isinstance(value, str | os.PathLike) or callable(getattr(value, "read", None)):
+        return value
+    raise Refusal("url_type", "Input should be a URL or a data URI, as a string")
+
+
+TRUTHS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False, "on": True, "off": False}
+READERS: Mapping[str, Callable[[Any], Any]] = {
+    "string": _text, "secret": _text, "boolean": _truth, "integer": _whole, "number": _number, "uri": _picture,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,34 +134,19 @@ class Input:
         return not self.required and self.default is None
 
     def check(self, value: Any) -> Any:
-        """The value as the library takes it. Raises ValueError in pydantic's words."""
-        checked = self._typed(value)
-        if self.choices and checked not in self.choices:
-            listed = ", ".join(f"'{choice}'" for choice in self.choices[:-1])
-            raise ValueError(f"Input should be {listed} or '{self.choices[-1]}'")
-        if self.ge is not None and checked < self.ge:
-            raise ValueError(f"Input should be greater than or equal to {self.ge:g}")
-        if self.le is not None and checked > self.le:
-            raise ValueError(f"Input should be less than or equal to {self.le:g}")
-        return checked
-
-    def _typed(self, value: Any) -> Any:
+        """The value as the library takes it. Raises Refusal."""
         # Cog hands over a secret as an object that shows stars, and says it when asked.
         value = getattr(value, "get_secret_value", lambda: value)() if self.type == "secret" else value
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        match self.type:
-            case "string" | "secret" if isinstance(value, str):
-                return value
-            case "boolean" if isinstance(value, bool):
-                return value
-            case "integer" if is_number and math.isfinite(value) and value == int(value):
-                return int(value)
-            case "number" if is_number and math.isfinite(value):
-                return float(value)
-            case "uri" if _is_picture(value):
-                return value
-            case _:
-                raise ValueError(f"Input should be a valid {self.type}")
+        checked = READERS[self.type](value)
+        if self.choices and checked not in self.choices:
+            listed = ", ".join(f"'{choice}'" for choice in self.choices[:-1])
+            expected = f"{listed} or '{self.choices[-1]}'"
+            raise Refusal("enum", f"Input should be {expected}", expected=expected)
+        if self.ge is not None and checked < self.ge:
+            raise Refusal("greater_than_equal", f"Input should be greater than or equal to {self.ge:g}", ge=self.ge)
+        if self.le is not None and checked > self.le:
+            raise Refusal("less_than_equal", f"Input should be less than or equal to {self.le:g}", le=self.le)
+        return checked
 
     def openapi(self, order: int) -> dict[str, Any]:
         """The property as Cog writes it."""
@@ -98,34 +167,33 @@ class Input:
         return body
 
 
-def _is_picture(value: Any) -> bool:
-    """Whether a value can stand for a picture. Nothing is opened or fetched."""
-    if isinstance(value, str):
-        return bool(value.strip())
-    return isinstance(value, os.PathLike) or callable(getattr(value, "read", None))
-
-
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
 
 class InvalidInput(InvalidRequest):
-    """Inputs that a schema refuses. `detail` lists every problem in the form hosted models answer with."""
+    """Inputs that a schema refuses. `detail` lists every problem as Cog answers with it, status 422."""
 
-    def __init__(self, problems: Mapping[str, str]) -> None:
-        self.detail = [
-            {
-                "loc": ["body", "input", name],
-                "msg": message,
-                "type": "value_error.missing" if message == "Field required" else "value_error",
-            }
-            for name, message in problems.items()
-        ]
+    def __init__(self, problems: Mapping[str, str | Refusal]) -> None:
+        """`problems`: the name of an input, or "" for all of them, and why it is refused."""
+        self.detail = [_detail(name, problem) for name, problem in problems.items()]
         super().__init__(
-            "; ".join(f"{name}: {message}" for name, message in problems.items()),
-            field=next(iter(problems)),
+            "; ".join(_line(name, problem) for name, problem in problems.items()), field=next(iter(problems))
         )
+
+
+def _detail(name: str, problem: str | Refusal) -> dict[str, Any]:
+    loc = ["body", "input", name] if name else ["body", "input"]
+    if not isinstance(problem, Refusal):
+        return {"type": "value_error", "loc": loc, "msg": problem}
+    context = {"ctx": problem.context} if problem.context else {}
+    return {"type": problem.type, "loc": loc, "msg": str(problem)} | problem.given | context
+
+
+def _line(name: str, problem: str | Refusal) -> str:
+    text = f"{problem}, not {problem.said}" if isinstance(problem, Refusal) and problem.said else str(problem)
+    return f"{name}: {text}" if name else text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,12 +261,16 @@ class Schema:
     """Fields of Request that no input fills."""
     needs: Mapping[str, str] = field(default_factory=dict[str, str])
     """Inputs that may be left out by the declaration, and without which there is nothing to do -> why."""
+    agreements: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Inputs that have to be true -> why."""
     sizes_without_image: tuple[str, ...] = ()
     """Inputs for the size that count for nothing where a prediction starts from a picture alone: it has its size."""
     with_mask_too: bool = False
     """Whether they also count for nothing where there is a mask beside it."""
     loras: tuple[Stacked, ...] = ()
     """In the order in which they count."""
+    base_loras: tuple[str, ...] = ()
+    """LoRAs that every prediction has, beside those that it names."""
     bare: Bare = "replicate"
     """Where a LoRA is looked up that is named OWNER/NAME."""
     sizing: Sizing | None = None
@@ -217,24 +289,27 @@ class Schema:
 
         Explicit null stands for "not given" where the input is optional.
         """
+        if not isinstance(given, Mapping):
+            message = "Input should be a valid dictionary or object to extract fields from"
+            raise InvalidInput({"": Refusal("model_attributes_type", message)})
         values: dict[str, Any] = {}
-        problems: dict[str, str] = {}
+        problems: dict[str, str | Refusal] = {}
         for one in self.inputs:
             value = given.get(one.name)
             if one.name not in given or (value is None and one.optional):
                 if one.required:
-                    problems[one.name] = "Field required"
+                    problems[one.name] = Refusal("missing", "Field required")
                 values[one.name] = one.default
                 continue
             try:
                 values[one.name] = one.check(value)
-            except ValueError as error:
-                shown = "(a secret)" if one.type == "secret" else _shown(value)
-                problems[one.name] = f"{error}, not {shown}"
-        known = {one.name for one in self.inputs}
+            except Refusal as refusal:
+                problems[one.name] = refusal.of(value, one.type == "secret")
+        known = [one.name for one in self.inputs]
         for name in given:
             if name not in known:
-                problems[name] = f"Unexpected input; {self.name} takes {', '.join(one.name for one in self.inputs)}"
+                message = f"Extra inputs are not permitted: {self.name} takes {', '.join(known)}"
+                problems[name] = Refusal("extra_forbidden", message)
         if problems:
             raise InvalidInput(problems)
         return values

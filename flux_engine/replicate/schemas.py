@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from flux_engine.errors import UnknownSchema, did_you_mean
+from flux_engine.replicate.dated import DATE, DATED
 from flux_engine.replicate.flux import (
     FLUX_CANNY_DEV,
     FLUX_DEPTH_DEV,
@@ -21,7 +22,14 @@ from flux_engine.replicate.flux import (
     FLUX_SCHNELL_LORA,
 )
 from flux_engine.replicate.schema import Schema
-from flux_engine.replicate.sdxl import SDXL, SDXL_CONTROLNET, SDXL_MULTI_CONTROLNET
+from flux_engine.replicate.sdxl import (
+    SDXL,
+    SDXL_CONTROLNET,
+    SDXL_LCM,
+    SDXL_LIGHTNING_4STEP,
+    SDXL_MULTI_CONTROLNET_LORA,
+    SDXL_TURBO,
+)
 
 SCHEMAS: Mapping[str, Schema] = MappingProxyType(
     {
@@ -40,15 +48,27 @@ SCHEMAS: Mapping[str, Schema] = MappingProxyType(
             FLUX_REDUX_SCHNELL,
             FLUX_KONTEXT_DEV,
             SDXL,
+            SDXL_LIGHTNING_4STEP,
+            SDXL_TURBO,
+            SDXL_LCM,
             SDXL_CONTROLNET,
-            SDXL_MULTI_CONTROLNET,
+            SDXL_MULTI_CONTROLNET_LORA,
         )
     }
 )
 
 
+AS_OF: Mapping[str, Schema] = MappingProxyType({schema.name: schema for schema in DATED})
+"""Some of them as they were at a date, as NAME@2025-01."""
+
+
 def find_schema(name: str) -> Schema:
     """A declared schema by name. Raises UnknownSchema with the known ones."""
-    if name in SCHEMAS:
-        return SCHEMAS[name]
+    found = SCHEMAS.get(name) or AS_OF.get(name)
+    if found is not None:
+        return found
+    plain, at, date = name.partition("@")
+    if at and plain in SCHEMAS:
+        listed = ", ".join(AS_OF) if date == DATE else f"the only date is {DATE}"
+        raise UnknownSchema(f"no schema {name!r}: of dated ones there are {listed}")
     raise UnknownSchema(f"no schema {name!r}{did_you_mean(name, SCHEMAS)} Known: {', '.join(SCHEMAS)}")

@@ -101,6 +101,75 @@ SDXL = Schema(
     ),
 )
 
+SDXL_LIGHTNING_4STEP = Schema(
+    name="sdxl-lightning-4step",
+    title="SDXL Lightning in 4 steps",
+    inputs=(
+        replace(SDXL_PROMPT, default="self-portrait of a woman, lightning in the background"),
+        replace(NEGATIVE_PROMPT, default="worst quality, low quality"),
+        replace(WIDTH, ge=256, le=1280),
+        replace(HEIGHT, ge=256, le=1280),
+        NUM_OUTPUTS,
+        replace(SCHEDULER, choices=(*SCHEDULER.choices, "DPM++2MSDE")),
+        replace(STEPS, default=4, le=10, description="Denoising steps; 4 is what it was made for"),
+        replace(GUIDANCE_SCALE, default=0, ge=0, description="Scale of classifier-free guidance; up to 1 is off"),
+        SEED,
+        DISABLE_SAFETY_CHECKER,
+    ),
+)
+
+SDXL_TURBO = Schema(
+    name="sdxl-turbo",
+    title="SDXL Turbo",
+    agreements={"agree_to_research_only": "this model may be used for research only: send true to agree"},
+    output_format="jpg",
+    inputs=(
+        PROMPT,
+        Input(
+            name="agree_to_research_only",
+            type="boolean",
+            default=False,
+            description="Whether you agree to use this model for research only, not commercially",
+        ),
+        replace(WIDTH, default=512),
+        replace(HEIGHT, default=512),
+        replace(NUM_OUTPUTS, le=30),
+        replace(STEPS, default=1, le=4),
+        SEED,
+    ),
+)
+
+SDXL_LCM = Schema(
+    name="sdxl-lcm",
+    title="SDXL with LCM-LoRA",
+    model="sdxl",
+    base_loras=("sdxl-lcm-lora",),
+    loras=SDXL.loras,
+    sizes_without_image=SDXL.sizes_without_image,
+    always={"scheduler": "LCM"},
+    inputs=(
+        SDXL_PROMPT,
+        NEGATIVE_PROMPT,
+        IMAGE,
+        MASK,
+        WIDTH,
+        HEIGHT,
+        NUM_OUTPUTS,
+        replace(STEPS, default=8, le=10, description="Denoising steps; 4 to 8 are best"),
+        replace(
+            GUIDANCE_SCALE,
+            default=2,
+            description="Scale of classifier-free guidance: 1 to 2; 1 is off, and ignores the negative prompt",
+        ),
+        PROMPT_STRENGTH,
+        SEED,
+        APPLY_WATERMARK,
+        SDXL_LORA_SCALE,
+        replace(LORA_WEIGHTS, name="replicate_weights"),
+        DISABLE_SAFETY_CHECKER,
+    ),
+)
+
 SDXL_CONTROLNET = Schema(
     name="sdxl-controlnet",
     title="SDXL with a Canny ControlNet",
@@ -180,8 +249,8 @@ def _steering(name: str) -> Steering:
 
 
 SEVERAL = ("controlnet_1", "controlnet_2", "controlnet_3")
-SDXL_MULTI_CONTROLNET = Schema(
-    name="sdxl-multi-controlnet",
+SDXL_MULTI_CONTROLNET_LORA = Schema(
+    name="sdxl-multi-controlnet-lora",
     title="SDXL with up to three ControlNets",
     model="sdxl",
     refiner="sdxl-refiner",

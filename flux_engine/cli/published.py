@@ -1,0 +1,84 @@
+"""`schema` and `validate`: what published inputs are, and what one would do."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+from typing import Any
+
+from flux_engine.cli.output import show
+from flux_engine.errors import InvalidRequest
+from flux_engine.replicate.schema import InvalidInput
+from flux_engine.replicate.schemas import AS_OF, SCHEMAS, find_schema
+
+NAMES = f"one of {', '.join(SCHEMAS)}; or as of a date, as {next(iter(AS_OF))}"
+REFUSED = 2
+"""The exit code, where standard output tells what is not right."""
+
+
+def add(commands: Any) -> None:
+    """Declare the commands."""
+    schema = commands.add_parser("schema", help="show a published input schema")
+    schema.add_argument("name", help=NAMES)
+    schema.add_argument("--openapi", action="store_true", help="as an OpenAPI document")
+    schema.set_defaults(run=_schema)
+
+    validate = commands.add_parser(
+        "validate",
+        help="check inputs of a published schema, and say what they would do",
+        description="Reads inputs as JSON from standard input, and fetches nothing. Says on standard output "
+        '{"ok": true, "resolved": {...}} or {"ok": false, "detail": [...]}, and ends with 2 if not all are right.',
+    )
+    validate.add_argument("name", help=NAMES)
+    validate.add_argument("--model", help="that would draw; default: the published one")
+    validate.add_argument(
+        "--compat", choices=("published",), help="as the published predictors, also where that is odd"
+    )
+    validate.add_argument("--jsonl", action="store_true", help="inputs in every line, an answer in every line")
+    validate.set_defaults(run=_validate)
+
+
+def _schema(args: argparse.Namespace) -> None:
+    schema = find_schema(args.name)
+    if args.openapi:
+        show(json.dumps(schema.openapi(), indent=2))
+        return
+    for one in schema.inputs:
+        limits = " | ".join(one.choices)
+        if one.ge is not None and one.le is not None:
+            limits = f"{one.ge:g} to {one.le:g}"
+        default = "required" if one.required else json.dumps(one.default)
+        show(f"{one.name:24} {one.type:8} {default:10} {limits}")
+        show(f"{'':24} {one.description}")
+
+
+def _validate(args: argparse.Namespace) -> int:
+    from flux_engine.predictor import Predictor
+
+    predictor = Predictor(args.name, model=args.model, compat=args.compat)
+    # Bytes that are no UTF-8 come as marks, and are refused like any other text that is no JSON.
+    sent = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", errors="replace")
+    texts = (line for line in sent if line.strip()) if args.jsonl else iter([sent.read()])
+    right = True
+    for text in texts:
+        answer = _answer(predictor, text)
+        right &= answer["ok"]
+        show(json.dumps(answer, ensure_ascii=False))
+        sys.stdout.flush()
+    return 0 if right else REFUSED
+
+
+def _answer(predictor: Any, text: str) -> dict[str, Any]:
+    try:
+        inputs = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        message = f"JSON decode error: {error}"
+        return {"ok": False, "detail": [{"type": "json_invalid", "loc": ["body"], "msg": message}]}
+    try:
+        return {"ok": True, "resolved": predictor.resolve(inputs)}
+    except InvalidInput as error:
+        return {"ok": False, "detail": error.detail}
+    except InvalidRequest as error:
+        return {"ok": False, "detail": [{"type": "value_error", "loc": ["body", "input"], "msg": str(error)}]}
