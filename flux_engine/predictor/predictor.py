@@ -201,7 +201,7 @@ class Predictor:
         if self.compat:
             request = replace(request, loras=scaled_as_published(loras, request, self._spec(choice)))
         engine = self._ready(choice)
-        self.say(f"Using seed: {request.seed}")
+        self.say(f"Using seed: {values['seed']}")
         for line in (*self._not_in_force(values), *told.notes):
             self.say(line)
         folder = self._folder()
@@ -252,11 +252,12 @@ class Predictor:
         values = self.schema.validate(inputs)
         choice = self._choice(values)
         spec = self._spec(choice)
+        values["seed"] = seed_of(values["seed"], self.schema, spec, self.compat)
         told = translate(
             self.schema,
             values,
             spec,
-            seed=seed_of(values["seed"], self.schema, spec, self.compat),
+            seed=values["seed"],
             own=self.lora is not None,
             local=self.local_files,
             fetch=fetch,
