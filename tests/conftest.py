@@ -14,6 +14,8 @@ from torch import Tensor, nn
 import flux_engine
 from flux_engine.engine import Engine
 
+pytest_plugins = ("published_models",)
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
