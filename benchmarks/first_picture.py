@@ -4,7 +4,8 @@
 
 Both make one picture of the same size in the same number of steps and dtype, from files on disk. `import` runs from
 the start of the interpreter until everything needed is imported; `load` reads the model; `picture` is the request.
-`--compile` adds flux-engine with compile="default", with nothing kept of it and with what an earlier process kept.
+`--compile` adds both compiled, diffusers by torch.compile of the transformer and the decoder, with nothing kept of it
+and with what an earlier process kept.
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ finish(**{"import": imported, "load": loaded, "picture": time.perf_counter() - b
 THEIRS = (
     COMMON
     + """
+import os
+if cache:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
 import torch
 from diffusers import FluxPipeline
 import transformers
@@ -54,6 +58,9 @@ imported = now()
 began = time.perf_counter()
 pipe = FluxPipeline.from_pretrained(place, torch_dtype=getattr(torch, dtype))
 pipe.set_progress_bar_config(disable=True)
+if cache:
+    pipe.transformer.compile()
+    pipe.vae.decoder.compile()
 loaded = time.perf_counter() - began
 began = time.perf_counter()
 image = pipe(prompt, width=side, height=side, num_inference_steps=steps, guidance_scale=0.0,
@@ -89,9 +96,14 @@ def main() -> None:
             "diffusers": [sys.executable, "-c", THEIRS, PROMPT, f"{folder}/exported", *shared, ""],
         }
         if args.compile:
-            emptied = f"import shutil; shutil.rmtree({folder + '/cold'!r}, ignore_errors=True)"
-            nothing = [sys.executable, "-c", emptied + OURS, PROMPT, args.model, *shared, f"{folder}/cold"]
-            candidates |= {"compiled, nothing kept": nothing, "compiled, kept": [*ours, f"{folder}/kept"]}
+            for name, script, place in (("ours", OURS, args.model), ("diffusers", THEIRS, f"{folder}/exported")):
+                cold, kept = f"{folder}/{name}-cold", f"{folder}/{name}-kept"
+                emptied = f"import shutil; shutil.rmtree({cold!r}, ignore_errors=True)\n{script}"
+                called = [PROMPT, place, *shared]
+                candidates |= {
+                    f"{name} compiled, nothing kept": [sys.executable, "-c", emptied, *called, cold],
+                    f"{name} compiled, kept": [sys.executable, "-c", script, *called, kept],
+                }
         runs = harness.interleave(
             candidates,
             repeats=args.repeats,
