@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from flux_engine.errors import UnknownSchema
+from flux_engine.replicate.documentation import page
 from flux_engine.replicate.schema import Input, InvalidInput, Schema
 from flux_engine.replicate.schemas import SCHEMAS, find_schema
 from flux_engine.specs import SCHEDULERS
@@ -600,3 +601,8 @@ def test_a_variation_leaves_its_original_alone() -> None:
     one = Input(name="image", type="uri", description="A picture")
     assert replace(one, required=True).optional is False
     assert one.optional
+
+
+def test_the_page_of_all_is_current() -> None:
+    """`flux-engine schema --all --markdown > docs/schemas.md`."""
+    assert (Path(__file__).parent.parent / "docs" / "schemas.md").read_text() == page(SCHEMAS.values())

@@ -9,18 +9,16 @@ from typing import Any
 
 import flux_engine
 from flux_engine import __version__, hub
+from flux_engine.cli import placed
 from flux_engine.cli.output import show
-from flux_engine.config import MEMORY, QUANTIZATIONS, EngineConfig
+from flux_engine.config import EngineConfig
 
 
 def add(commands: Any) -> None:
     """Declare the command."""
     info = commands.add_parser("info", help="what this machine runs, and with --model what is in force for it")
     info.add_argument("--model")
-    info.add_argument("--device")
-    info.add_argument("--dtype")
-    info.add_argument("--quantization", metavar="SCHEME", help=", ".join(QUANTIZATIONS))
-    info.add_argument("--memory", metavar="SIZE", help=f"that may be taken, as 12GB; or {', '.join(MEMORY)}")
+    placed.add_options(info)
     info.add_argument("--json", action="store_true")
     info.set_defaults(run=_info)
 
@@ -44,9 +42,7 @@ def _info(args: argparse.Namespace) -> None:
         "weights": str(hub.weights_folder()),
     }
     if args.model:
-        engine = flux_engine.load(
-            args.model, device=args.device, dtype=args.dtype, quantization=args.quantization, memory=args.memory
-        )
+        engine = flux_engine.load(args.model, **placed.said(args))
         report["model"] = engine.describe()
     if args.json:
         show(json.dumps(report))

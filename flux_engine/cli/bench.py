@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from flux_engine.bench.runs import PRESETS, SWEEPS, SYNTHETIC, Run, find_preset, parse_depth, points_of, preset_for
+from flux_engine.cli import placed
 from flux_engine.cli.output import show, tell
-from flux_engine.config import COMPILE, DTYPES, MEMORY, QUANTIZATIONS
 from flux_engine.errors import InvalidRequest, OutOfMemory, UnsupportedError
 
 
@@ -27,11 +27,8 @@ def add(commands: Any) -> None:
     what.add_argument("--preset", metavar="CARD", help=f"what is worth measuring on {', '.join(PRESETS)}; or auto")
     what.add_argument("--sweep", metavar="WHAT", help=f"how the cost grows with {', '.join(SWEEPS)}")
     how = bench.add_argument_group("how")
-    how.add_argument("--device", help="auto, cpu, cuda, cuda:N")
-    how.add_argument("--dtype", help=", ".join(DTYPES))
-    how.add_argument("--quantization", metavar="SCHEME", help=", ".join(QUANTIZATIONS))
-    how.add_argument("--memory", metavar="SIZE", help=f"that a model may take, as 12GB; or {', '.join(MEMORY)}")
-    how.add_argument("--compile", metavar="MODE", help=", ".join(COMPILE))
+    placed.add_options(how)
+    placed.add_compile(how)
     how.add_argument("--width", type=int)
     how.add_argument("--height", type=int)
     how.add_argument("--pictures", type=int, default=1, metavar="N", help="at once")
@@ -51,11 +48,7 @@ def _bench(args: argparse.Namespace) -> None:
         model=args.model,
         synthetic=args.synthetic,
         depth=None if args.depth is None else parse_depth(args.depth),
-        device=args.device,
-        dtype=args.dtype,
-        quantization=args.quantization,
-        memory=args.memory,
-        compile=args.compile,
+        **placed.said(args),
         width=args.width,
         height=args.height,
         pictures=args.pictures,

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import flux_engine
 from flux_engine import files, hub
-from flux_engine.cli import sources
+from flux_engine.cli import placed, sources
 from flux_engine.cli.output import show, since_process_start, tell
-from flux_engine.config import COMPILE, DTYPES, MEMORY, QUANTIZATIONS, EngineConfig
+from flux_engine.config import EngineConfig
 from flux_engine.errors import InvalidRequest
 from flux_engine.lora.finding import refer
 from flux_engine.request import MATCH_INPUT_IMAGE, Job, Request
@@ -52,11 +52,8 @@ def _add_drawing(generate: argparse.ArgumentParser) -> None:
     generate.add_argument(
         "--model", default=DEFAULT_MODEL, help="a name (see `models`), a file or folder, or OWNER/NAME on the hub"
     )
-    generate.add_argument("--device", help="auto, cpu, cuda, cuda:N")
-    generate.add_argument("--dtype", help=", ".join(DTYPES))
-    generate.add_argument("--quantization", metavar="SCHEME", help=", ".join(QUANTIZATIONS))
-    generate.add_argument("--memory", metavar="SIZE", help=f"that may be taken, as 12GB; or {', '.join(MEMORY)}")
-    generate.add_argument("--compile", metavar="MODE", help=f"{', '.join(COMPILE)}: graphs by torch.compile")
+    placed.add_options(generate)
+    placed.add_compile(generate)
     generate.add_argument("--compile-cache", metavar="FOLDER", help="that keeps what was compiled (see `warmup`)")
     generate.add_argument(
         "--lora",
@@ -126,11 +123,7 @@ def _generate(args: argparse.Namespace) -> None:
     timings = {"import": since_process_start()}
     engine = load(
         args.model,
-        device=args.device,
-        dtype=args.dtype,
-        quantization=args.quantization,
-        memory=args.memory,
-        compile=args.compile,
+        **placed.said(args),
         compile_cache=args.compile_cache,
         refiner=args.refiner,
         controlnets=beside.controlnets,

@@ -10,7 +10,8 @@ from typing import Any
 
 from flux_engine.cli.output import show
 from flux_engine.errors import InvalidRequest
-from flux_engine.replicate.schema import InvalidInput
+from flux_engine.replicate.documentation import markdown, page
+from flux_engine.replicate.schema import InvalidInput, Schema
 from flux_engine.replicate.schemas import AS_OF, SCHEMAS, find_schema
 
 NAMES = f"one of {', '.join(SCHEMAS)}; or as of a date, as {next(iter(AS_OF))}"
@@ -21,8 +22,11 @@ REFUSED = 2
 def add(commands: Any) -> None:
     """Declare the commands."""
     schema = commands.add_parser("schema", help="show a published input schema")
-    schema.add_argument("name", help=NAMES)
-    schema.add_argument("--openapi", action="store_true", help="as an OpenAPI document")
+    schema.add_argument("name", nargs="?", help=NAMES)
+    schema.add_argument("--all", action="store_true", help="every one, instead of one by name")
+    form = schema.add_mutually_exclusive_group()
+    form.add_argument("--openapi", action="store_true", help="as an OpenAPI document")
+    form.add_argument("--markdown", action="store_true", help="as a page")
     schema.set_defaults(run=_schema)
 
     validate = commands.add_parser(
@@ -41,10 +45,23 @@ def add(commands: Any) -> None:
 
 
 def _schema(args: argparse.Namespace) -> None:
+    if args.all != (args.name is None):
+        raise InvalidRequest(f"name a schema, or say --all: {', '.join(SCHEMAS)}")
+    if args.all:
+        if args.openapi:
+            raise InvalidRequest("--openapi is of one schema: name it")
+        show(page(SCHEMAS.values()).rstrip() if args.markdown else "\n".join([*SCHEMAS, *AS_OF]))
+        return
     schema = find_schema(args.name)
     if args.openapi:
         show(json.dumps(schema.openapi(), indent=2))
-        return
+    elif args.markdown:
+        show(markdown(schema))
+    else:
+        _table(schema)
+
+
+def _table(schema: Schema) -> None:
     for one in schema.inputs:
         limits = " | ".join(one.choices)
         if one.ge is not None and one.le is not None:

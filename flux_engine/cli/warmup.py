@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import flux_engine
+from flux_engine.cli import placed
 from flux_engine.cli.output import show, tell
-from flux_engine.config import COMPILE, DTYPES, MEMORY, QUANTIZATIONS, EngineConfig
+from flux_engine.config import COMPILE, EngineConfig
 from flux_engine.errors import InvalidRequest
 from flux_engine.request import Request
 from flux_engine.sizes import PUBLISHED_SIZES
@@ -22,7 +23,7 @@ def add(commands: Any) -> None:
     warmup = commands.add_parser("warmup", help="compile what a model needs, and keep it for the next process")
     warmup.add_argument("model", help="a name, a file or folder, or OWNER/NAME on the hub")
     warmup.add_argument("--save", type=Path, metavar="FOLDER", help="where it is kept; load it with compile_cache")
-    warmup.add_argument("--compile", default="default", metavar="MODE", help=", ".join(COMPILE[1:]))
+    placed.add_compile(warmup, "default", COMPILE[1:])
     warmup.add_argument(
         "--hot",
         action="append",
@@ -31,10 +32,7 @@ def add(commands: Any) -> None:
         help="as 1024x1024 or 16:9, with graphs of its own; repeatable",
     )
     warmup.add_argument("--num-outputs", type=int, default=1, metavar="N", help="of the hot sizes")
-    warmup.add_argument("--device", help="auto, cpu, cuda, cuda:N")
-    warmup.add_argument("--dtype", help=", ".join(DTYPES))
-    warmup.add_argument("--quantization", metavar="SCHEME", help=", ".join(QUANTIZATIONS))
-    warmup.add_argument("--memory", metavar="SIZE", help=f"that may be taken, as 12GB; or {', '.join(MEMORY)}")
+    placed.add_options(warmup)
     warmup.add_argument("--json", action="store_true", help="print JSON only")
     warmup.set_defaults(run=_warmup)
 
@@ -44,15 +42,7 @@ def _warmup(args: argparse.Namespace) -> None:
         raise InvalidRequest(f"--compile 'off' leaves nothing to warm up: say one of {', '.join(COMPILE[1:])}")
     EngineConfig.from_environment(compile=args.compile)
     hot = [hot_request(size, args.num_outputs) for size in args.hot]
-    engine = flux_engine.load(
-        args.model,
-        device=args.device,
-        dtype=args.dtype,
-        quantization=args.quantization,
-        memory=args.memory,
-        compile=args.compile,
-        compile_cache=args.save,
-    )
+    engine = flux_engine.load(args.model, **placed.said(args), compile_cache=args.save)
     for request in hot:  # what the model does not draw is told before minutes of compiling
         request.resolve(engine.spec)
     if not args.json:
