@@ -202,7 +202,7 @@ class Diffusers:
     def at(self, latent: Tensor, noise: Tensor, call: int) -> Tensor:
         here = self._begin + call
         if here >= len(self._scheduler.timesteps):
-            return latent
+            return latent.expand_as(noise).contiguous()
         return self._scheduler.add_noise(latent, noise, self._scheduler.timesteps[here : here + 1].to(latent.device))
 
     def input(self, x: Tensor, call: int) -> Tensor:

@@ -48,6 +48,7 @@ from flux_engine.predictor import predictor as module
 from flux_engine.predictor.translation import translate
 from flux_engine.replicate.schema import InvalidInput
 from flux_engine.replicate.schemas import SCHEMAS, find_schema
+from flux_engine.replicate.sdxl import STAND_INS
 from flux_engine.specs import SPECS, ControlNetSpec, ModelSpec, refined
 
 pytestmark = pytest.mark.usefixtures("published")
@@ -198,7 +199,8 @@ def test_fields_that_do_not_apply_are_dropped() -> None:
 
 
 def test_what_answers_for_what() -> None:
-    """Every name of the published schema; half of them are drawn by networks that are published as pickles only."""
+    """Every name of the published schema. Half of them are drawn by networks that are published as pickles only: what
+    is nearest stands in for them, but for poses."""
     kinds = {
         "edge_canny": "canny", "illusion": "illusion", "depth_leres": "depth", "depth_midas": "depth",
         "soft_edge_pidi": "soft_edge", "soft_edge_hed": "soft_edge", "lineart": "lineart", "lineart_anime": "lineart",
@@ -214,14 +216,14 @@ def test_what_answers_for_what() -> None:
         made = request_of(MULTI, WITH_CONTROLNETS, **said)
         (control,) = made.control  # pyright: ignore[reportGeneralTypeIssues]
         assert isinstance(control, Control)
-        assert (control.kind, control.preprocess) == (kind, name)
+        assert (control.kind, control.preprocess) == (kind, STAND_INS.get(name, name))
         assert (control.scale, control.start, control.end) == (1.5, 0.1, 0.9)
         try:
             made.resolve(WITH_CONTROLNETS)
         except UnsupportedError as error:
             assert name in str(error)
             pickled.append(name)
-    assert pickled == ["depth_leres", "soft_edge_pidi", "lineart", "lineart_anime", "openpose"]
+    assert pickled == ["openpose"]
     one_kind = replace(SPECS["sdxl"], controlnets=(ControlNetSpec(name="x", kinds={"soft_edge": None}),))
     made = request_of(MULTI, one_kind, controlnet_1="lineart", controlnet_1_image=SQUARE)
     assert made.control[0].kind == "soft_edge"  # pyright: ignore[reportIndexIssue, reportAttributeAccessIssue]
@@ -447,15 +449,15 @@ def test_what_the_model_cannot_do_is_refused_too(
 
 def test_a_preprocessor_that_is_not_here(fresh: Callable[..., tuple[Predictor, list[str]]]) -> None:
     predictor, _ = fresh(MULTI)
-    with pytest.raises(UnsupportedError, match="lineart_anime cannot be made here"):
-        run(predictor, controlnet_1="lineart_anime", controlnet_1_image=photo_content)
+    with pytest.raises(UnsupportedError, match="openpose cannot be made here"):
+        run(predictor, controlnet_1="openpose", controlnet_1_image=photo_content)
 
 
 def test_what_is_loaded(fresh: Callable[..., tuple[Predictor, list[str]]], published: Path) -> None:
     found = {schema: fresh(schema)[0] for schema in SCHEMAS}
     models = {"flux-redux-dev": "flux-dev", "flux-redux-schnell": "flux-schnell", "sdxl-controlnet": "sdxl"}
     models |= {MULTI: "sdxl", "flux-schnell-lora": "flux-schnell", "flux-dev-lora": "flux-dev"}
-    models["flux-finetune"] = "flux-dev"
+    models |= {"flux-finetune": "flux-dev", "sdxl-lcm": "sdxl"}
     for schema, predictor in found.items():
         assert predictor.model == predictor.spec.name == models.get(schema, schema)
         assert predictor.redux == ("flux-redux-dev" if "redux" in schema else None)

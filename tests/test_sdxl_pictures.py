@@ -176,3 +176,11 @@ def test_a_batch_is_its_singles(engine: Engine, asked: dict[str, Any], scheduler
     batch = run(engine, num_outputs=3, **said)
     singles = torch.cat([run(engine, **(said | {"seed": 3 + k})) for k in range(3)])
     assert latent_error(batch, singles) <= 1e-5
+
+
+def test_a_walk_of_no_step_gives_every_picture(engine: Engine) -> None:
+    """Strength 0 is the autoencoder's round trip, of each of several pictures."""
+    asked = {"image": picture(), "strength": 0, "num_inference_steps": 2, "seed": 1}
+    one = engine("x", **asked)
+    three = engine("x", num_outputs=3, **asked)
+    assert [each.tobytes() for each in three] == [one.image.tobytes()] * 3

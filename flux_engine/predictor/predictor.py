@@ -182,6 +182,7 @@ class Predictor:
 
     def predict(
         self,
+        /,
         *,
         cancel: threading.Event | None = None,
         record: Callable[[str, float], object] | None = None,

@@ -240,7 +240,13 @@ class _Translation:
                 self.problems[steering.image] = f"{steering.chosen} '{made_by}' needs a picture"
             return None
         image = self.picture(steering.image)
+        stand_in = steering.stand_ins.get(made_by or "")
+        if stand_in:
+            self.notes.append(f"{steering.chosen} '{made_by}' is made by {stand_in}: its network is a pickle only")
         said = {name: self.values[source] for name, source in steering.settings.items()}
+        if {"start", "end"} <= said.keys() and said["start"] > said["end"]:
+            self.problems[steering.settings["end"]] = f"{said['end']:g} is before {said['start']:g}, where it begins"
+        made_by = stand_in or made_by
         return Control(kind=kind, image=image, preprocess=made_by or True, options=steering.options, **said)
 
 

@@ -175,25 +175,26 @@ def _shown(value: Any) -> str:
 class InvalidInput(InvalidRequest):
     """Inputs that a schema refuses. `detail` lists every problem as Cog answers with it, status 422."""
 
-    def __init__(self, problems: Mapping[str, str | Refusal]) -> None:
-        """`problems`: the name of an input, or "" for all of them, and why it is refused."""
+    def __init__(self, problems: Mapping[str, str | Refusal] | Refusal) -> None:
+        """`problems`: the name of an input and why it is refused; or why all of them are."""
+        problems = {None: problems} if isinstance(problems, Refusal) else problems
         self.detail = [_detail(name, problem) for name, problem in problems.items()]
         super().__init__(
             "; ".join(_line(name, problem) for name, problem in problems.items()), field=next(iter(problems))
         )
 
 
-def _detail(name: str, problem: str | Refusal) -> dict[str, Any]:
-    loc = ["body", "input", name] if name else ["body", "input"]
+def _detail(name: str | None, problem: str | Refusal) -> dict[str, Any]:
+    loc = ["body", "input"] if name is None else ["body", "input", name]
     if not isinstance(problem, Refusal):
         return {"type": "value_error", "loc": loc, "msg": problem}
     context = {"ctx": problem.context} if problem.context else {}
     return {"type": problem.type, "loc": loc, "msg": str(problem)} | problem.given | context
 
 
-def _line(name: str, problem: str | Refusal) -> str:
+def _line(name: str | None, problem: str | Refusal) -> str:
     text = f"{problem}, not {problem.said}" if isinstance(problem, Refusal) and problem.said else str(problem)
-    return f"{name}: {text}" if name else text
+    return text if name is None else f"{name}: {text}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +209,8 @@ class Steering:
     """The input that says what makes the control picture, where it is not; "none" is for no control picture."""
     kinds: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     """What that input may say -> the kinds that answer for it, of which the first that is loaded does."""
+    stand_ins: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Of these what cannot be made here -> the preprocessor that is nearest to it."""
     settings: Mapping[str, str] = field(default_factory=dict[str, str])
     """scale, start or end -> the input that says it."""
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -291,7 +294,7 @@ class Schema:
         """
         if not isinstance(given, Mapping):
             message = "Input should be a valid dictionary or object to extract fields from"
-            raise InvalidInput({"": Refusal("model_attributes_type", message)})
+            raise InvalidInput(Refusal("model_attributes_type", message))
         values: dict[str, Any] = {}
         problems: dict[str, str | Refusal] = {}
         for one in self.inputs:

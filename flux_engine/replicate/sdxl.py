@@ -215,6 +215,13 @@ PREPROCESSORS: dict[str, tuple[str, ...]] = {
     "openpose": ("pose",),
 }
 """What a ControlNet is chosen by -> the kinds of control picture that answer for it."""
+STAND_INS = {
+    "depth_leres": "depth_midas",
+    "soft_edge_pidi": "soft_edge_hed",
+    "lineart": "lineart_standard",
+    "lineart_anime": "lineart_standard",
+}
+"""Whose networks are published as pickles only, which are not loaded -> what draws the same kind of picture."""
 
 
 def _controlnet(name: str) -> tuple[Input, ...]:
@@ -245,7 +252,7 @@ def _controlnet(name: str) -> tuple[Input, ...]:
 def _steering(name: str) -> Steering:
     """What they mean."""
     settings = {"scale": f"{name}_conditioning_scale", "start": f"{name}_start", "end": f"{name}_end"}
-    return Steering(image=f"{name}_image", chosen=name, kinds=PREPROCESSORS, settings=settings)
+    return Steering(image=f"{name}_image", chosen=name, kinds=PREPROCESSORS, stand_ins=STAND_INS, settings=settings)
 
 
 SEVERAL = ("controlnet_1", "controlnet_2", "controlnet_3")
