@@ -17,6 +17,8 @@ from flux_engine.request import Request
 from flux_engine.schedulers import flow_match_euler
 from flux_engine.specs import DEMO_DEV, DEMO_SDXL, FLUX_DEV, SPECS
 
+pytestmark = pytest.mark.usefixtures("published")
+
 
 def begin(strength: float, steps: int) -> int:
     """The step at which the engine begins."""
@@ -77,7 +79,6 @@ def test_only_published_is_compatible() -> None:
         Predictor("flux-dev", compat="old")  # type: ignore[arg-type]
 
 
-@pytest.mark.usefixtures("published")
 def test_it_changes_the_picture(speak: Speak, monkeypatch: pytest.MonkeyPatch) -> None:
     """With 10 steps and 0.8 one step more is walked; without a picture nothing is another."""
     predictor, said = speak("flux-dev"), least("flux-dev") | {"megapixels": "0.25", "num_inference_steps": 10}
@@ -102,7 +103,7 @@ def test_validate_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     code, (answer,) = validated(monkeypatch, capsys, json.dumps(sent).encode(), "flux-dev")
     assert code == 0 and answer["ok"]
     resolved = answer["resolved"]
-    assert (resolved["width"], resolved["height"], resolved["seeds"]) == (1344, 768, [7, 8])
+    assert (resolved["width"], resolved["height"], resolved["seeds"]) == (336, 192, [7, 8])
     assert resolved["files"] == ["out-0.jpg", "out-1.jpg"]
     assert resolved["inputs"]["guidance"] == 3
     assert resolved["num_inference_steps"] == 28
@@ -148,7 +149,6 @@ def test_validate_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     ]
 
 
-@pytest.mark.usefixtures("published")
 @pytest.mark.parametrize(
     ("schema", "given", "name"),
     [

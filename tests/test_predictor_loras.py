@@ -237,8 +237,8 @@ def test_sizes_of_a_fine_tune(tmp_path: Path) -> None:
     assert size() == (1024, 1024)
     assert size(aspect_ratio="16:9", width=300, height=1000) == (1344, 768)
     assert size(aspect_ratio="custom", width=300, height=1000, megapixels="0.25") == (304, 1008)
-    assert size(aspect_ratio="custom", width=300, height=1000, image=str(image)) == (320, 160)
-    assert size(aspect_ratio="9:16", image=str(image), mask=str(image)) == (320, 160)
+    assert size(aspect_ratio="custom", width=300, height=1000, image=image) == (320, 160)
+    assert size(aspect_ratio="9:16", image=image, mask=image) == (320, 160)
     with pytest.raises(InvalidInput, match="height: aspect_ratio is custom: say width and height"):
         size(aspect_ratio="custom", width=300)
     with pytest.raises(InvalidInput, match="width: Input should be less than or equal to 1440"):

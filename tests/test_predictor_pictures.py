@@ -373,8 +373,8 @@ REFUSED = [
     ("flux-fill-dev", {"mask": None}, {"mask": "say what to paint"}),
     ("flux-fill-dev", {"lora_weights": "/etc/passwd"}, {"lora_weights": "is a path, which is not read here"}),
     ("flux-fill-dev", {"image": "nothing.png", "mask": "none.png"},
-     {"image": "'nothing.png' does not exist", "mask": "'none.png' does not exist"}),
-    ("flux-fill-dev", {"image": "nothing.png", "mask": None}, {"image": "'nothing.png' does not exist"}),
+     {"image": "'nothing.png' is neither a link, nor a data URI", "mask": "'none.png' does not exist"}),
+    ("flux-fill-dev", {"image": "nothing.png", "mask": None}, {"image": "'nothing.png' is neither a link, nor a data URI"}),
     ("flux-canny-dev", {"control_image": "data:image/png;base64,AAAA"}, {"control_image": "'data:image/png;base64"}),
     ("flux-kontext-dev", {"input_image": io.BytesIO(b"x")}, {"input_image": "(a BytesIO)"}),
     ("flux-redux-dev", {"redux_image": "nothing.png"}, {"redux_image": "'nothing.png'"}),
@@ -434,7 +434,7 @@ def test_what_is_refused(
         ("flux-dev", {"image": data_uri(photo(size=(2000, 20)))}, "image"),
         (MULTI,
          {"controlnet_1": "edge_canny", "controlnet_1_image": photo_content, "controlnet_1_start": 0.9,
-          "controlnet_1_end": 0.1}, "control"),
+          "controlnet_1_end": 0.1}, "controlnet_1_end"),
     ],
 )  # fmt: skip
 def test_what_the_model_cannot_do_is_refused_too(
