@@ -374,7 +374,7 @@ REFUSED = [
     ("flux-fill-dev", {"lora_weights": "/etc/passwd"}, {"lora_weights": "is a path, which is not read here"}),
     ("flux-fill-dev", {"image": "nothing.png", "mask": "none.png"},
      {"image": "'nothing.png' is neither a link, nor a data URI", "mask": "'none.png' is neither a link"}),
-    ("flux-fill-dev", {"image": "nothing.png", "mask": None}, {"image": "'nothing.png' is neither a link, nor a data URI"}),
+    ("flux-fill-dev", {"image": "nothing.png", "mask": None}, {"image": "'nothing.png' is neither a link"}),
     ("flux-canny-dev", {"control_image": "data:image/png;base64,AAAA"}, {"control_image": "'data:image/png;base64"}),
     ("flux-kontext-dev", {"input_image": io.BytesIO(b"x")}, {"input_image": "(a BytesIO)"}),
     ("flux-redux-dev", {"redux_image": "nothing.png"}, {"redux_image": "'nothing.png'"}),

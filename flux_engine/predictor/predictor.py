@@ -109,7 +109,8 @@ class Predictor:
             raise InvalidRequest(f"{schema} has no input for the strength of a LoRA: give none", field="lora")
         if compat not in (None, "published"):
             raise InvalidRequest(f"compat {compat!r} is neither 'published' nor None", field="compat")
-        self.local_files, self.compat = local_files, compat
+        self.local_files = local_files
+        self.compat: Compat | None = compat
         self.device, self.dtype, self.quantization, self.memory = device, dtype, quantization, memory
         self.output_dir = output_dir
         self.say = say

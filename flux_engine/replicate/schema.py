@@ -177,11 +177,9 @@ class InvalidInput(InvalidRequest):
 
     def __init__(self, problems: Mapping[str, str | Refusal] | Refusal) -> None:
         """`problems`: the name of an input and why it is refused; or why all of them are."""
-        problems = {None: problems} if isinstance(problems, Refusal) else problems
-        self.detail = [_detail(name, problem) for name, problem in problems.items()]
-        super().__init__(
-            "; ".join(_line(name, problem) for name, problem in problems.items()), field=next(iter(problems))
-        )
+        each = [(None, problems)] if isinstance(problems, Refusal) else list(problems.items())
+        self.detail = [_detail(name, problem) for name, problem in each]
+        super().__init__("; ".join(_line(name, problem) for name, problem in each), field=each[0][0])
 
 
 def _detail(name: str | None, problem: str | Refusal) -> dict[str, Any]:
