@@ -378,6 +378,23 @@ def test_sdxl_has_words_of_its_own(speak: Callable[..., Predictor]) -> None:
     assert str(caught.value) == SDXL_WORDS
 
 
+def test_control_pictures_are_no_answer_unless_as_published(tmp_path: Path) -> None:
+    for compat in (None, "published"):
+        predictor = Predictor(
+            "sdxl-multi-controlnet-lora", model="demo-sdxl", controlnets={"canny": "demo-sdxl-canny"}, device="cpu",
+            safety=saying(True), compat=compat, output_dir=tmp_path, say=lambda _: None,
+        )  # fmt: skip
+        photo = Path(__file__).parent / "data" / "grace_hopper.jpg"
+        asked: dict[str, Any] = {"prompt": "", "controlnet_1": "edge_canny", "controlnet_1_image": photo,
+                                 "num_inference_steps": 1, "width": 512, "height": 512}  # fmt: skip
+        if compat is None:
+            with pytest.raises(UnsafeOutput):
+                predictor.predict(**asked)
+        else:
+            paths = predictor.predict(**asked)
+            assert isinstance(paths, list) and [path.name for path in paths] == ["control-0.png"]
+
+
 def test_the_published_words() -> None:
     for name, schema in (SCHEMAS | AS_OF).items():
         plain = name.startswith("flux-") and not name.startswith("flux-finetune")
