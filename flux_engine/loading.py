@@ -75,8 +75,9 @@ def load(
     models --all` lists, or {"canny": a file or repository}. `redux` is the adapter for FLUX.1 that reads pictures as
     prompts. `loras` are merged at once, as by `engine.lora.set`. `safety` is a checker whose verdict every picture has
     in `Result.verdicts`: "published", "compvis", "falconsai", "opennsfw" or "demo", with thresholds as
-    "opennsfw:threshold=0.8", an object of flux_engine.safety, or one of your own; None checks nothing. `prompt_hook`
-    reads the prompts of a request before any work, and may refuse them.
+    "opennsfw:threshold=0.8", an object of flux_engine.safety, or one of your own; None checks nothing. It is loaded
+    first, on the model's device, and a `memory` in bytes does not count it. `prompt_hook` reads the prompts of a
+    request before any work, and may refuse them; negative ones it is not shown.
     Raises UnknownModel, WeightsError, UnsupportedError or OutOfMemory, which is told before any weight is read if
     nothing fits; nothing stays loaded then.
     """

@@ -8,8 +8,9 @@ import torch
 
 from flux_engine.checks import shown
 from flux_engine.config import EngineConfig
-from flux_engine.errors import InvalidRequest, UnsupportedError, WeightsError
+from flux_engine.errors import InvalidRequest, UnknownModel, UnsupportedError, WeightsError
 from flux_engine.hardware import pick_device
+from flux_engine.memory import memory_errors
 from flux_engine.safety.guarding import Checker, Unavailable
 from flux_engine.safety.options import CompVis, Demo, Falconsai, OpenNSFW, Options, Published, parsed
 
@@ -31,7 +32,7 @@ def find_checker(
     Weights are taken from the hub's cache, or fetched unless `offline`. Networks of torch run on `device`.
     Raises InvalidRequest for a name that is none, WeightsError for weights that are not there or do not fit,
     UnsupportedError for a package that is not installed; or, where it is not `required`, gives a checker to which every
-    picture is unsafe.
+    picture is unsafe. Also OutOfMemory.
     """
     if asked is None:
         return None
@@ -45,8 +46,9 @@ def find_checker(
         from flux_engine.safety.files import Where
 
         place = Where(config or EngineConfig.from_environment(), pick_device(str(device)), offline)
-        return _load(options, place)
-    except (WeightsError, UnsupportedError) as error:
+        with memory_errors(f"loading the safety checker {options}", "Load it on the processor"):
+            return _load(options, place)
+    except (WeightsError, UnsupportedError, UnknownModel) as error:
         if required:
             raise
         return Unavailable(str(options), str(error))
