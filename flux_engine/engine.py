@@ -29,7 +29,7 @@ from flux_engine.pipeline import OnStep, Pipeline, check_cancelled
 from flux_engine.quantization.policy import schemes_of
 from flux_engine.request import Job, Request
 from flux_engine.result import Result
-from flux_engine.safety.guarding import Guard
+from flux_engine.safety.guarding import UNCHECKED, Guard
 from flux_engine.specs import ModelSpec
 from flux_engine.text.inversion import Inversion, read_inversion
 
@@ -192,8 +192,10 @@ class Engine:
                 job = request.resolve(self._pipeline.family.spec)
             output = pipeline.run(job, on_step=on_step, cancel=cancel)
             applied, notes = self.lora.applied, self.lora.notes
-            looked_at = [images.to_pil(picture) for picture in output.pictures] if guard.checker else output.pictures
-            verdicts = guard.look(looked_at)
+            if guard.checker is None:
+                verdicts = (UNCHECKED,) * len(output.pictures)
+            else:
+                verdicts = guard.look([images.to_pil(picture) for picture in output.pictures])
         return Result(
             images=[_convert(picture, job) for picture in output.pictures],
             job=job,

@@ -44,7 +44,7 @@ def mark(picture: Image.Image) -> Image.Image:
     except ImportError as error:
         raise UnsupportedError(f"a watermark needs packages that are not installed ({error}): {INSTALL}") from None
     encoder = WatermarkEncoder()
-    encoder.set_watermark("bits", BITS)
+    encoder.set_watermark("bits", BITS)  # pyright: ignore[reportArgumentType]
     pixels = np.asarray(picture.convert("RGB"), np.float32)[:, :, ::-1]  # OpenCV's order
     marked = encoder.encode(np.ascontiguousarray(pixels), METHOD)[:, :, ::-1]
     return Image.fromarray(np.rint(marked).clip(0, 255).astype(np.uint8))

@@ -121,7 +121,8 @@ class Predictor:
             raise InvalidRequest(f"{schema} has no input for the strength of a LoRA: give none", field="lora")
         if compat not in (None, "published"):
             raise InvalidRequest(f"compat {compat!r} is neither 'published' nor None", field="compat")
-        self.local_files, self.compat = local_files, compat
+        self.local_files = local_files
+        self.compat: Compat | None = compat
         self.safety, self.prompt_hook, self.c2pa = safety, prompt_hook, c2pa
         if isinstance(safety, str) and safety != AUTO:
             parsed(safety)

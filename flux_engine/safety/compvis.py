@@ -105,6 +105,7 @@ def read_network(files: Mapping[str, Path], where: Where) -> SafetyNetwork:
     said = read_json(path)
     try:
         config = CLIPVisionConfig(**(said["vision_config"] | {"projection_dim": said["projection_dim"]}))
+        positions = (int(config.image_size) // int(config.patch_size)) ** 2 + 1  # pyright: ignore[reportArgumentType]
     except Exception as error:  # noqa: BLE001  of many types, and none that they share
         raise WeightsError(f"{path} cannot be used: {said_of(error)}") from None
     with WeightSource.open(files[PART]) as source:
@@ -121,7 +122,7 @@ def read_network(files: Mapping[str, Path], where: Where) -> SafetyNetwork:
             device=where.device,
             rename=_published,
         )
-    place_positions(network, (config.image_size // config.patch_size) ** 2 + 1, where.device)
+    place_positions(network, positions, where.device)
     return network
 
 

@@ -73,7 +73,7 @@ class Guard:
             raise UnsafePrompt(f"the prompt was not let pass: {why if isinstance(why, str) else shown(why)}")
 
     def look(self, pictures: Sequence[Image.Image]) -> tuple[Verdict, ...]:
-        """One verdict for each picture."""
+        """One verdict for each picture; without a checker all are unchecked."""
         if self.checker is None:
             return (UNCHECKED,) * len(pictures)
         return tuple(guarded(self.checker, pictures, self.timeout))

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, pad
 
 from benchmarks import world
+from flux_engine.families.base import channels_last
 from flux_engine.models.vae import AutoEncoder
 from flux_engine.safety.demo import CrescentNetwork, shrunk
 from flux_engine.sizes import PUBLISHED_SIZES
@@ -29,7 +30,7 @@ from training.vae import load_vae, to_tensor
 CLASSES = tuple((ratio, megapixels) for megapixels in ("1", "0.25") for ratio in PUBLISHED_SIZES)
 """Of the demo models' sizes."""
 VAES = ("vae", "sdxl-vae")
-THROUGH = 0.3
+THROUGH = 0.25
 """Share of the pictures that have been through an autoencoder."""
 PORTION = 8
 """Pictures that go through one at once."""
@@ -113,7 +114,7 @@ def make_pictures(args: argparse.Namespace) -> None:
                 pictures = through(rng.choice(vaes), pictures)
             for picture, marked in zip(pictures, labels, strict=True):
                 small = shrunk(worn(picture, rng))
-                found.setdefault(small.size[::-1], []).append((small, marked))
+                found.setdefault((small.height, small.width), []).append((small, marked))
         log.info("%s at %s: drawn", ratio, megapixels)
     shelf = {
         size: (
@@ -135,7 +136,7 @@ def train_checker(args: argparse.Namespace) -> None:
     sizes = list(shelf)
     counts = [len(labels) for _, labels in shelf.values()]
     torch.manual_seed(0)
-    net = CrescentNetwork().to(memory_format=torch.channels_last)
+    net = channels_last(CrescentNetwork())
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.02)
     run = Run("checker", net, [optimizer], steps=args.steps, ema=0.998)
 
