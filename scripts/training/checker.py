@@ -90,7 +90,7 @@ def worn(picture: Image.Image, rng: random.Random) -> Image.Image:
 
 def through(vae: AutoEncoder, pictures: Sequence[Image.Image]) -> list[Image.Image]:
     """Pictures of one size as an autoencoder gives them back."""
-    with torch.inference_mode(), autocast():
+    with torch.inference_mode():
         decoded = vae.decode(vae.encode(to_tensor(list(pictures))))
     pixels = ((decoded.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
     return [Image.fromarray(one) for one in pixels]
