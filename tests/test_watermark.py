@@ -19,7 +19,8 @@ PHOTO = Path(__file__).parent / "data" / "grace_hopper.jpg"
 
 
 def photo() -> Image.Image:
-    return Image.open(PHOTO).convert("RGB")
+    with Image.open(PHOTO) as image:
+        return image.convert("RGB")
 
 
 def read(picture: Image.Image) -> float:
@@ -91,7 +92,9 @@ def draw(predictor: Predictor, lines: list[str]) -> Callable[..., tuple[Image.Im
         given = {"prompt": "a large green star on a blue background", "seed": 1, "num_inference_steps": 2}
         paths = predictor.predict(**given, **inputs)
         assert isinstance(paths, list)
-        return Image.open(paths[0]), "\n".join(line for line in lines if line.startswith("apply_watermark"))
+        with Image.open(paths[0]) as image:
+            image.load()
+        return image, "\n".join(line for line in lines if line.startswith("apply_watermark"))
 
     return draw
 
@@ -100,7 +103,8 @@ def test_sdxl_marks_unless_told_not_to(draw: Callable[..., tuple[Image.Image, st
     marked, said = draw()
     plain, _ = draw(apply_watermark=False)
     assert marked.size == (256, 256) and said == ""
-    assert read(marked) >= 0.95 and read(plain) <= 0.8
+    # Flat and saturated as it is, not all bits can be read back from it.
+    assert marked.tobytes() == watermark.mark(plain).tobytes() != plain.tobytes()
     _, said = draw(width=512, height=512)  # which demo models draw at a quarter of that
     assert "no room" in said
 
