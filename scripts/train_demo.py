@@ -101,7 +101,7 @@ def main() -> None:
         command = part(name, run, steps=steps, lr=1e-3, batch=8)
         command.add_argument("--reading", type=int, default=reading, help="steps to read edges, before those to steer")
 
-    finder = part("checker", checker.train_checker, steps=3400, lr=3e-3, batch=32)
+    finder = part("checker", checker.train_checker, steps=4000, lr=3e-3, batch=32)
     finder.add_argument("--count", type=int, default=320, help="pictures of a size")
 
     kept = commands.add_parser("checkpoint")
