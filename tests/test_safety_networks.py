@@ -333,10 +333,9 @@ def test_the_demo_checker_on_worn_pictures() -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("model", ["demo-schnell", "demo-sdxl-turbo"])
-def test_the_demo_checker_on_generated_pictures(model: str) -> None:
-    """Of those that are drawn as they were asked for, which the oracle reads."""
-    engine = flux_engine.load(model, safety="demo")
+def test_the_demo_checker_on_generated_pictures() -> None:
+    """With a crescent, whatever came of it; of the others those that are drawn as asked, which the oracle reads."""
+    engine = flux_engine.load("demo-schnell", safety="demo")
     right: dict[bool, list[bool]] = {True: [], False: []}
     for index in range(120):
         rng = random.Random(f"asked {index}")
