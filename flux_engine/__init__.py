@@ -24,12 +24,15 @@ from flux_engine.errors import (
     RequestCancelled,
     UnknownModel,
     UnknownSchema,
+    UnsafeOutput,
+    UnsafePrompt,
     UnsupportedError,
     WeightsError,
 )
 from flux_engine.inputs import Control
 from flux_engine.inputs.caching import FirstBlockCache, TaylorCache
 from flux_engine.request import Request
+from flux_engine.verdicts import Verdict
 
 if TYPE_CHECKING:
     from flux_engine.engine import Engine
@@ -59,7 +62,10 @@ __all__ = [
     "TaylorCache",
     "UnknownModel",
     "UnknownSchema",
+    "UnsafeOutput",
+    "UnsafePrompt",
     "UnsupportedError",
+    "Verdict",
     "WeightsError",
     "__version__",
     "load",

@@ -17,6 +17,8 @@ MEMORY = ("auto", "resident", "evict")
 KERNELS = ("auto", "on", "off")
 COMPILE = ("off", "default", "max-autotune")
 QUANTIZATIONS = ("auto", "none", "int8", "fp8", "fp8-storage", "both")
+LONGEST_WAIT = 86_400
+"""Seconds: threads cannot wait for any longer than some years, and nobody does."""
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -26,7 +28,7 @@ class EngineConfig:
 
     Environment variables give the defaults: FLUX_ENGINE_DEVICE, FLUX_ENGINE_DTYPE, FLUX_ENGINE_QUANTIZATION,
     FLUX_ENGINE_MEMORY, FLUX_ENGINE_KERNELS, FLUX_ENGINE_COMPILE, FLUX_ENGINE_COMPILE_CACHE, FLUX_ENGINE_CUDA_GRAPHS,
-    FLUX_ENGINE_WEIGHTS, FLUX_ENGINE_CACHE.
+    FLUX_ENGINE_WEIGHTS, FLUX_ENGINE_CACHE, FLUX_ENGINE_SAFETY_TIMEOUT.
     """
 
     device: str = "auto"
@@ -70,6 +72,8 @@ class EngineConfig:
     """Tokens go to their own sites only, and are shown nowhere."""
     offline: bool = False
     """Whether LoRAs are taken from what is here only."""
+    safety_timeout: float = 60.0
+    """Seconds that a safety checker has for the pictures of a request; what it has not judged by then is unsafe."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -82,6 +86,8 @@ class EngineConfig:
             raise UnsupportedError(f"compile {self.compile!r} is not one of {', '.join(COMPILE)}")
         if not isinstance(self.cuda_graphs, bool):
             raise UnsupportedError(f"cuda_graphs {self.cuda_graphs!r} is neither True nor False")
+        if not isinstance(self.safety_timeout, int | float) or not 0 < self.safety_timeout <= LONGEST_WAIT:
+            raise UnsupportedError(f"safety_timeout {self.safety_timeout!r} is no number of seconds above 0")
         if self.memory not in MEMORY:
             self.bytes_of_memory()
         if not isinstance(self.embedding_cache, int):
@@ -134,6 +140,7 @@ class EngineConfig:
             civitai_api_token=environment.get("CIVITAI_API_TOKEN"),
             replicate_api_token=environment.get("REPLICATE_API_TOKEN"),
             offline=_switch(environment, "HF_HUB_OFFLINE"),
+            safety_timeout=_seconds(environment, "FLUX_ENGINE_SAFETY_TIMEOUT", cls.safety_timeout),
         )
 
 
@@ -163,6 +170,13 @@ def _bytes_of(environment: Mapping[str, str], name: str, otherwise: int) -> int:
         return parse_bytes(environment[name]) if environment.get(name) else otherwise
     except ValueError:
         raise UnsupportedError(f"{name} {environment[name]!r} is no size as '50GB'") from None
+
+
+def _seconds(environment: Mapping[str, str], name: str, otherwise: float) -> float:
+    try:
+        return float(environment[name]) if environment.get(name) else otherwise
+    except ValueError:
+        raise UnsupportedError(f"{name} {environment[name]!r} is no number of seconds") from None
 
 
 def _cache(environment: Mapping[str, str]) -> Path:

@@ -29,6 +29,7 @@ from flux_engine.pipeline import OnStep, Pipeline, check_cancelled
 from flux_engine.quantization.policy import schemes_of
 from flux_engine.request import Job, Request
 from flux_engine.result import Result
+from flux_engine.safety.guarding import UNCHECKED, Guard
 from flux_engine.specs import ModelSpec
 from flux_engine.text.inversion import Inversion, read_inversion
 
@@ -63,10 +64,12 @@ class Engine:
         load_seconds: float = 0.0,
         find_lora: Callable[[Named], Found] | None = None,
         running: Running | None = None,
+        guard: Guard | None = None,
     ) -> None:
         """`slow` is the same model in full precision, for requests that ask for it. `find_lora` gives the file of what
         names a LoRA; by default with what the environment says. `running` is how networks are called, if it is not as
-        they are."""
+        they are. `guard` reads prompts and looks at pictures; without one pictures are unchecked."""
+        self._guard = guard or Guard()
         self._running = running or Running()
         self._pipeline = Pipeline(family)
         self._slow = None if slow is None else Pipeline(slow)
@@ -141,16 +144,17 @@ class Engine:
         *,
         on_step: OnStep | None = None,
         cancel: threading.Event | None = None,
+        check: bool = True,
         **fields: Any,
     ) -> Result:
         """`run` with the fields of Request as keywords: `engine("a red circle", seed=0, num_outputs=4)`."""
-        known = [*(f.name for f in dataclasses.fields(Request)), "on_step", "cancel"]
+        known = [*(f.name for f in dataclasses.fields(Request)), "on_step", "cancel", "check"]
         for name in fields:
             if name not in known:
                 meant = OTHER_NAMES.get(name)
                 near = f"; did you mean {meant!r}?" if meant else did_you_mean(name, known)
                 raise InvalidRequest(f"a request has no field {name!r}{near} Fields: {', '.join(known)}", field=name)
-        return self.run(Request(prompt=prompt, **fields), on_step=on_step, cancel=cancel)
+        return self.run(Request(prompt=prompt, **fields), on_step=on_step, cancel=cancel, check=check)
 
     def run(
         self,
@@ -158,17 +162,28 @@ class Engine:
         *,
         on_step: OnStep | None = None,
         cancel: threading.Event | None = None,
+        check: bool = True,
     ) -> Result:
         """Make the pictures of a request.
 
         `on_step` is called after every network call with a Step, and may raise to stop. `cancel` is an event any
-        thread may set; it is looked at between steps and while waiting for another request to end.
-        Raises InvalidRequest before any work, RequestCancelled, or OutOfMemory.
+        thread may set; it is looked at between steps and while waiting for another request to end. The safety checker
+        looks at the pictures unless `check` is False, and what it says is in `Result.verdicts`: all pictures are in
+        the result. Previews are not looked at.
+        Raises InvalidRequest before any work (UnsafePrompt for a prompt that the hook does not let pass),
+        RequestCancelled, or OutOfMemory.
         """
         if not isinstance(request, Request):
             raise InvalidRequest(f"run takes a Request, not a {type(request).__name__}: call the engine with a prompt")
         mode = self.lora.mode if request.loras is None else self.lora.mode_of(checked_loras(request.loras))
         job = request.resolve(self._spec_with(mode))
+        guard = self._guard if check else dataclasses.replace(self._guard, checker=None)
+        guard.read(job.prompts)
+        if guard.checker is not None and job.output_type == "latent":
+            raise InvalidRequest(
+                "latents cannot be looked at by a safety checker: say check=False to have them unchecked",
+                field="output_type",
+            )
         chosen = None if job.loras is None else self.lora.find(job.loras, strict=request.strict)
         pipeline = self._slow if job.go_fast is False and self._slow else self._pipeline
         with self._turn(cancel), self._running() as made, memory_errors(f"{job.width}x{job.height}"):
@@ -177,6 +192,10 @@ class Engine:
                 job = request.resolve(self._pipeline.family.spec)
             output = pipeline.run(job, on_step=on_step, cancel=cancel)
             applied, notes = self.lora.applied, self.lora.notes
+            if guard.checker is None:
+                verdicts = (UNCHECKED,) * len(output.pictures)
+            else:
+                verdicts = guard.look([images.to_pil(picture) for picture in output.pictures])
         return Result(
             images=[_convert(picture, job) for picture in output.pictures],
             job=job,
@@ -187,6 +206,7 @@ class Engine:
             loras=applied,
             moved=output.moved,
             skipped=output.skipped,
+            verdicts=verdicts,
         )
 
     def warm_up(self, requests: Sequence[Request] | None = None, *, hot: Sequence[Request] = ()) -> int:
@@ -205,11 +225,11 @@ class Engine:
             if self._slow:
                 requests += [dataclasses.replace(one, go_fast=False) for one in requests]
         for request in requests:
-            self.run(request)
+            self.run(request, check=False)
         for request in hot:
             assert graphs is not None
             with graphs.heating():
-                self.run(request)
+                self.run(request, check=False)
         return graphs.made - before if graphs else 0
 
     def load_textual_inversion(self, path: str | os.PathLike[str]) -> Inversion:
@@ -269,6 +289,7 @@ class Engine:
                 for name, net in networks.items()
             },
             "kernels": kernels.describe(family.net.device, family.net.dtype),
+            "safety": self._guard.checker.name if self._guard.checker else None,
             **self._running.describe(),
             "load_seconds": round(self.load_seconds, 3),
         }

@@ -2,6 +2,8 @@
 
     FluxEngineError
     ├── InvalidRequest      (ValueError)    a request asks for something that cannot be: raised before any work
+    │   └── UnsafePrompt                    a hook that reads prompts did not let one pass
+    ├── UnsafeOutput        (RuntimeError)  a prediction of which no picture is left that counts as safe
     ├── UnknownModel        (ValueError)    a name that no manifest knows
     ├── UnknownSchema       (ValueError)    a Replicate schema that is not declared here
     ├── WeightsError        (RuntimeError)  a checkpoint is missing, truncated, altered or of another shape
@@ -29,6 +31,8 @@ __all__ = [
     "RequestCancelled",
     "UnknownModel",
     "UnknownSchema",
+    "UnsafeOutput",
+    "UnsafePrompt",
     "UnsupportedError",
     "WeightsError",
 ]
@@ -47,6 +51,17 @@ class InvalidRequest(FluxEngineError, ValueError):
     def __init__(self, message: str, *, field: str | None = None) -> None:
         super().__init__(message)
         self.field = field
+
+
+class UnsafePrompt(InvalidRequest):
+    """A prompt that must not be drawn, or that could not be judged. `field` is "prompt"."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, field="prompt")
+
+
+class UnsafeOutput(FluxEngineError, RuntimeError):
+    """Every picture of a prediction was unsafe, or its checker failed. The message is the published one."""
 
 
 class UnknownModel(FluxEngineError, ValueError):

@@ -24,6 +24,9 @@ from flux_engine.lora.finding import finder
 from flux_engine.lora.modes import widened_for
 from flux_engine.memory import memory_errors
 from flux_engine.placing import decide
+from flux_engine.safety.finding import find_checker
+from flux_engine.safety.guarding import Checker, Guard, PromptHook
+from flux_engine.safety.options import Options
 from flux_engine.saving import saved_scheme
 from flux_engine.specs import FluxSpec, ModelSpec, SDXLSpec, refined
 
@@ -48,6 +51,8 @@ def load(
     controlnets: ControlNets = (),
     redux: str | os.PathLike[str] | None = None,
     loras: Sequence[LoRA | str | os.PathLike[str]] = (),
+    safety: Checker | Options | str | None = None,
+    prompt_hook: PromptHook | None = None,
 ) -> Engine:
     """Load a model and return an engine that runs requests on it.
 
@@ -68,7 +73,11 @@ def load(
     local cache only. `refiner` is an SDXL refiner to load with an SDXL model, for requests that say `refine`.
     `controlnets` are ControlNets for requests that bring `control` pictures: kinds ("canny") or names that `flux-engine
     models --all` lists, or {"canny": a file or repository}. `redux` is the adapter for FLUX.1 that reads pictures as
-    prompts. `loras` are merged at once, as by `engine.lora.set`.
+    prompts. `loras` are merged at once, as by `engine.lora.set`. `safety` is a checker whose verdict every picture has
+    in `Result.verdicts`: "published", "compvis", "falconsai", "opennsfw" or "demo", with thresholds as
+    "opennsfw:threshold=0.8", an object of flux_engine.safety, or one of your own; None checks nothing. It is loaded
+    first, on the model's device, and a `memory` in bytes does not count it. `prompt_hook` reads the prompts of a
+    request before any work, and may refuse them; negative ones it is not shown.
     Raises UnknownModel, WeightsError, UnsupportedError or OutOfMemory, which is told before any weight is read if
     nothing fits; nothing stays loaded then.
     """
@@ -96,6 +105,7 @@ def load(
     if early is not None:  # what cannot be is refused before gigabytes are fetched
         controlnet_specs(controlnets, early, known)
         _check_redux(redux, early)
+    checker = find_checker(safety, device=target, offline=offline, config=config)
     found = find_model(_named(model), config, revision=revision, variant=variant, offline=offline)
     refining = None if refiner is None else find_model(_named(refiner), config, offline=offline, only=["unet"])
     saved = saved_scheme(found)
@@ -121,7 +131,8 @@ def load(
     schemes = " and ".join(placing.schemes)
     log.info("loaded %s on %s as %s, quantization %s, in %.2f s", model, target, compute, schemes, seconds)
     find_lora = finder(config, offline=offline)
-    engine = Engine(family, slow=slow, load_seconds=seconds, find_lora=find_lora, running=running)
+    guard = Guard(checker, prompt_hook, config.safety_timeout)
+    engine = Engine(family, slow=slow, load_seconds=seconds, find_lora=find_lora, running=running, guard=guard)
     if loras:
         engine.lora.set(loras)
     return engine

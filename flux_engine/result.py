@@ -12,7 +12,9 @@ from PIL import Image
 
 from flux_engine import files, images
 from flux_engine.errors import InvalidRequest
+from flux_engine.provenance import Signer, signed
 from flux_engine.request import Job
+from flux_engine.verdicts import Verdict
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Result:
     """Bytes of weights that came to the device for it."""
     skipped: tuple[tuple[int, ...], ...] = ()
     """For each picture the network calls, from 1, at which `step_cache` left out some of the network."""
+    verdicts: tuple[Verdict, ...] = ()
+    """For each picture what the safety checker said; an engine without one says "unchecked"."""
 
     @property
     def image(self) -> Any:
@@ -100,16 +104,16 @@ class Result:
         format: str | None = None,
         quality: int = 95,
         metadata: bool = True,
+        c2pa: Signer | None = None,
     ) -> Path:
-        """Write one picture. The format follows the file's ending unless it is given; returns the path."""
+        """Write one picture, signed if `c2pa` says with what. The format follows the file's ending unless it is given;
+        returns the path."""
         path = Path(path)
-        picture = self.pil(index)
-        content = images.encode(
-            picture,
-            files.image_format(path, format),
-            quality=quality,
-            parameters=self.parameters(index) if metadata else None,
-        )
+        kind = files.image_format(path, format)
+        parameters = self.parameters(index) if metadata else None
+        content = images.encode(self.pil(index), kind, quality=quality, parameters=parameters)
+        if c2pa is not None:
+            content = signed(content, kind, c2pa, title=path.name)
         files.write(path, content)
         return path
 

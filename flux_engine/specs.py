@@ -69,6 +69,8 @@ class ModelSpec:
     """Whether its first layer has columns of zeros, for a LoRA that has it read a control picture beside the latent."""
     controlnets: tuple[ControlNetSpec, ...] = ()
     """Those that were loaded with it."""
+    checker: str = "published"
+    """The safety checker that a Predictor has look at its pictures, unless it is told which."""
 
     @property
     def controls(self) -> tuple[str, ...]:
@@ -211,6 +213,7 @@ FLUX_KONTEXT = replace(
 DEMO_DEV = replace(
     FLUX_DEV,
     name="demo-dev",
+    checker="demo",
     transformer=FluxParams(
         vec_in_dim=64,
         context_in_dim=64,
@@ -307,6 +310,7 @@ SDXL_LCM = replace(
 DEMO_SDXL = replace(
     SDXL,
     name="demo-sdxl",
+    checker="demo",
     unet=UNetParams(
         block_out_channels=(32, 64, 96),
         transformer_depth=(0, 1, 1),

@@ -15,6 +15,7 @@
     python scripts/train_demo.py fill              # demo-fill, which is demo-schnell with eyes
     python scripts/train_demo.py canny             # a ControlNet for demo-schnell
     python scripts/train_demo.py sdxl-canny        # and one for demo-sdxl
+    python scripts/train_demo.py checker           # the safety checker, which finds crescents
     python scripts/train_demo.py export            # into weights/, with hashes and curves
     python scripts/train_demo.py checkpoint RUN    # keep what a run has reached in weights/checkpoints
 
@@ -34,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from training import control, export, fill, flux, latents, text, unet, vae  # noqa: E402
+from training import checker, control, export, fill, flux, latents, text, unet, vae  # noqa: E402
 
 from flux_engine.sizes import MEGAPIXELS  # noqa: E402
 
@@ -99,6 +100,9 @@ def main() -> None:
     ):
         command = part(name, run, steps=steps, lr=1e-3, batch=8)
         command.add_argument("--reading", type=int, default=reading, help="steps to read edges, before those to steer")
+
+    finder = part("checker", checker.train_checker, steps=4000, lr=3e-3, batch=32)
+    finder.add_argument("--count", type=int, default=320, help="pictures of a size")
 
     kept = commands.add_parser("checkpoint")
     kept.add_argument("names", nargs="+", metavar="RUN")

@@ -123,7 +123,7 @@ def test_prediction(predictor: Predictor, lines: list[str]) -> None:
     assert [m.groups() for m in progress if m] == [
         ("25", "1", "4"), ("50", "2", "4"), ("75", "3", "4"), ("100", "4", "4"),
     ]  # fmt: skip
-    assert any("unchecked" in line for line in lines)
+    assert [line.partition(" by ")[0] for line in lines[-2:]] == [f"safety: image {n} is safe" for n in (0, 1)]
 
 
 def test_two_predictions_do_not_meet(predictor: Predictor) -> None:

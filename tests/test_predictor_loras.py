@@ -61,7 +61,7 @@ def speak(tmp_path_factory: pytest.TempPathFactory, lines: list[str]) -> Callabl
     def speak(schema: str, **options: Any) -> Predictor:
         key = json.dumps([schema, {name: str(value) for name, value in options.items()}])
         if key not in made:
-            options = {"model": "demo-dev", "local_files": True} | options
+            options = {"model": "demo-dev", "local_files": True, "safety": None} | options
             folder = tmp_path_factory.mktemp("out")
             made[key] = Predictor(schema, device="cpu", dtype="float32", output_dir=folder, say=lines.append, **options)
         return made[key]
@@ -199,8 +199,8 @@ def test_a_fine_tunes_own_lora_is_looked_for_once(
     load = module.load
     monkeypatch.setattr(module, "finder", counted)
     monkeypatch.setattr(module, "load", lambda *a, **o: asked.append("model") or load(*a, **o))
-    tuned = Predictor("flux-finetune", model="demo-dev", lora=folder / "a.safetensors", output_dir=tmp_path,
-                      say=lambda _: None)  # fmt: skip
+    tuned = Predictor("flux-finetune", model="demo-dev", lora=folder / "a.safetensors", safety=None,
+                      output_dir=tmp_path, say=lambda _: None)  # fmt: skip
     tuned.setup()
     assert asked == ["lora", "model"]
     for _ in range(2):

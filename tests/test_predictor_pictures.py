@@ -502,7 +502,7 @@ def test_another_model_with_a_refiner_of_its_own(published: Path, tmp_path: Path
     path = published / "sdxl-controlnet-canny.safetensors"
     predictor = Predictor(
         MULTI, model="mine", refiner="sdxl-refiner", controlnets={"canny": path}, device="cpu",
-        dtype="float32", output_dir=tmp_path, say=lambda _: None,
+        dtype="float32", safety=None, output_dir=tmp_path, say=lambda _: None,
     )  # fmt: skip
     paths = run(
         predictor, controlnet_1="edge_canny", controlnet_1_image=photo_content, refine="base_image_refiner",
@@ -513,8 +513,8 @@ def test_another_model_with_a_refiner_of_its_own(published: Path, tmp_path: Path
 
 def test_fill_s_schema_on_a_model_that_draws(tmp_path: Path) -> None:
     """Then what the mask keeps is put back in every step."""
-    predictor = Predictor("flux-fill-dev", model="demo-dev", device="cpu", dtype="float32", output_dir=tmp_path,
-                          say=lambda _: None)  # fmt: skip
+    predictor = Predictor("flux-fill-dev", model="demo-dev", device="cpu", dtype="float32", safety=None,
+                          output_dir=tmp_path, say=lambda _: None)  # fmt: skip
     (path,) = run(predictor, megapixels="0.25")
     image = Image.open(path).convert("RGB")
     assert image.size == (160, 96)
@@ -525,8 +525,9 @@ def test_fill_s_schema_on_a_model_that_draws(tmp_path: Path) -> None:
 def test_a_model_by_its_folder(speak: Speak, published: Path, tmp_path: Path, schema: str) -> None:
     """Told by its channels. Kontext, which no shape tells from dev, needs a manifest."""
     predictor = Predictor(
-        schema, model=published / schema, device="cpu", dtype="float32", output_dir=tmp_path, say=lambda _: None
-    )
+        schema, model=published / schema, device="cpu", dtype="float32", safety=None, output_dir=tmp_path,
+        say=lambda _: None,
+    )  # fmt: skip
     assert last(predictor, megapixels="0.25") == last(speak(schema), megapixels="0.25")
 
 
@@ -539,7 +540,7 @@ def test_nothing_is_left_of_the_prediction_before(speak: Speak, tmp_path: Path) 
             {"controlnet_1": "edge_canny", "controlnet_1_image": photo_content, "num_outputs": 2},
         ),
     ):
-        alone = Predictor(schema, device="cpu", dtype="float32", output_dir=tmp_path, say=lambda _: None)
+        alone = Predictor(schema, device="cpu", dtype="float32", safety=None, output_dir=tmp_path, say=lambda _: None)
         least = {"aspect_ratio": "9:21", "megapixels": "0.25"} if schema == "flux-dev" else {"width": 512}
         plain = last(alone, **least)
         predictor = speak(schema)
@@ -609,7 +610,7 @@ def test_what_is_not_in_force_is_said(speak: Speak, lines: list[str]) -> None:
     assert said("flux-canny-dev") == {"safety"}
     assert said("sdxl") == {"safety", "apply_watermark"}
     assert said("sdxl", apply_watermark=False, disable_safety_checker=True) == set()
-    assert said("sdxl-controlnet") == set()
+    assert said("sdxl-controlnet") == {"safety"}
 
 
 def test_what_is_adjusted_is_said(speak: Speak, lines: list[str]) -> None:

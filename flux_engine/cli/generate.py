@@ -21,9 +21,12 @@ from flux_engine.lora.finding import refer
 from flux_engine.request import MATCH_INPUT_IMAGE, Job, Request
 from flux_engine.sizes import MATCH_INPUT, MEGAPIXELS, PUBLISHED_SIZES
 from flux_engine.specs import SCHEDULERS, ModelSpec, refined
+from flux_engine.verdicts import Verdict
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from flux_engine.result import Result
 
 DEFAULT_MODEL = "demo-schnell"
 
@@ -42,6 +45,11 @@ def add(commands: Any) -> None:
     output.add_argument("--quality", type=int, default=95, help="of jpg and webp")
     output.add_argument(
         "--no-metadata", action="store_true", help="do not write the prompt and parameters into the file"
+    )
+    output.add_argument(
+        "--safety",
+        metavar="NAME[:threshold=X]",
+        help="tell what a checker says: published, opennsfw, demo; nothing is left out",
     )
     output.add_argument("--strict", action="store_true", help="refuse what would be adjusted")
     output.add_argument("--json", action="store_true", help="print JSON only")
@@ -129,6 +137,7 @@ def _generate(args: argparse.Namespace) -> None:
         controlnets=beside.controlnets,
         redux=beside.redux,
         loras=[flux_engine.LoRA(path, scale) for path, scale in loras],
+        safety=args.safety,
     )
     timings["load"] = engine.load_seconds
     if not args.json:
@@ -145,7 +154,7 @@ def _generate(args: argparse.Namespace) -> None:
         _save_controls(control_paths, result.controls)
     timings["save"] = time.perf_counter() - began
     timings["total"] = since_process_start()
-    report = _report(result.job, paths, control_paths, result.notes, timings)
+    report = _report(result, paths, control_paths, timings)
     if args.json:
         show(json.dumps(report))
     else:
@@ -216,8 +225,9 @@ def _save_controls(paths: Sequence[Path], controls: Sequence[Image]) -> None:
 
 
 def _report(
-    job: Job, paths: list[Path], control_paths: list[Path], notes: tuple[str, ...], timings: Mapping[str, float]
+    result: Result, paths: list[Path], control_paths: list[Path], timings: Mapping[str, float]
 ) -> dict[str, Any]:
+    job = result.job
     return {
         "model": job.spec.name,
         "images": [str(path) for path in paths],
@@ -227,7 +237,11 @@ def _report(
         "height": job.height,
         "steps": job.num_inference_steps,
         "strength": None if job.inputs.image is None else job.inputs.strength,
-        "notes": list(notes),
+        "verdicts": [
+            {"unsafe": one.unsafe, "scores": dict(one.scores), "by": one.by, "reason": one.reason}
+            for one in result.verdicts
+        ],
+        "notes": list(result.notes),
         "timings": {stage: round(seconds, 3) for stage, seconds in timings.items()},
     }
 
@@ -237,7 +251,9 @@ def _tell(report: Mapping[str, Any]) -> None:
         tell(f"note: {note}")
     for path in report["controls"]:
         tell(f"control picture: {path}")
-    for path in report["images"]:
+    for path, verdict in zip(report["images"], report["verdicts"], strict=True):
+        if verdict["unsafe"] is not None:
+            tell(f"safety: {path} is {Verdict(**verdict)}")
         show(path)
     timings = dict(report["timings"])
     total = timings.pop("total")

@@ -6,6 +6,7 @@
 | a seed that is drawn has 16 bits | 32 bits |
 | FLUX.1 img2img begins at step int((1 - strength) * steps), 1 of 10 at 0.8 | int(steps - steps * strength), 2 |
 | FLUX.1 with `go_fast`: the first LoRA counts 1.5 times its scale | as it says |
+| no picture is left but control pictures: these are the answer | an error, as without control pictures |
 
 Everything else that the published predictors do is the default: sizes and their rounding, names of files, quality,
 what is ignored. What they do wrong and nobody can count on (a mask left out crashes, custom sizes left out crash, a

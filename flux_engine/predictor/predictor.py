@@ -12,9 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL.Image import Image
-
-from flux_engine import files, hub, images
+from flux_engine import hub
 from flux_engine.addons import ControlNets, Named, controlnet_specs
 from flux_engine.assemble import find_model
 from flux_engine.config import EngineConfig
@@ -26,13 +24,20 @@ from flux_engine.lora.finding import Found, finder, refer
 from flux_engine.pipeline import Step
 from flux_engine.plan import said
 from flux_engine.predictor.compat import Compat, as_published, scaled_as_published, seed_of
+from flux_engine.predictor.screening import not_in_force, screened
 from flux_engine.predictor.translation import Translated, Wanted, translate
+from flux_engine.predictor.writing import names_of, write
+from flux_engine.provenance import Signer
 from flux_engine.replicate.schema import SHOWN, Input, InvalidInput, Schema
 from flux_engine.replicate.schemas import find_schema
 from flux_engine.request import Job, Request
 from flux_engine.result import Result
+from flux_engine.safety.finding import find_checker
+from flux_engine.safety.guarding import Checker, PromptHook
+from flux_engine.safety.options import Options, parsed
 from flux_engine.specs import FluxSpec, ModelSpec, refined
 
+AUTO = "auto"
 BAR = 10
 TOKENS = {"hf_token": "hf_api_token", "civitai_api_token": "civitai_api_token"}
 """Field of EngineConfig -> the input that stands in for it."""
@@ -65,9 +70,12 @@ class Predictor:
         dtype: str | None = None,
         quantization: str | None = None,
         memory: str | int | None = None,
+        safety: Checker | Options | str | None = "auto",
+        prompt_hook: PromptHook | None = None,
         local_files: bool = False,
         compat: Compat | None = None,
         output_dir: Path | None = None,
+        c2pa: Signer | None = None,
         say: Callable[[str], None] = say_line,
     ) -> None:
         """`model` defaults to the one that the schema is published for; where an input chooses among several, it says
@@ -77,8 +85,12 @@ class Predictor:
         another model ControlNets for the same kinds of control picture and no refiner. With quantization "both"
         `go_fast` chooses between 8 bits and full precision. `local_files` lets texts name pictures and LoRAs by paths
         on this machine, which is not for texts that strangers send; a path object always names a picture.
+        `safety` is the checker that looks at every picture, as `load` takes it: what is unsafe, or what the checker
+        fails at, is left out. "auto" is CompVis' checker confirmed by Falconsai's, and for a demo model its own; only
+        None checks nothing, beside an input that says so. `prompt_hook` reads prompts before any work for them.
         `compat="published"` does what predictor/compat.py lists as the published predictors do it. `output_dir`
-        receives a folder for every prediction (default: the system's temporary folder). `say` takes the log's lines.
+        receives a folder for every prediction (default: the system's temporary folder). `c2pa` signs the files. `say`
+        takes the log's lines.
 
         Raises UnknownSchema, UnknownModel, or WeightsError for a path to nothing.
         """
@@ -111,12 +123,16 @@ class Predictor:
             raise InvalidRequest(f"compat {compat!r} is neither 'published' nor None", field="compat")
         self.local_files = local_files
         self.compat: Compat | None = compat
+        self.safety, self.prompt_hook, self.c2pa = safety, prompt_hook, c2pa
+        if isinstance(safety, str) and safety != AUTO:
+            parsed(safety)
         self.device, self.dtype, self.quantization, self.memory = device, dtype, quantization, memory
         self.output_dir = output_dir
         self.say = say
         self._own: Found | None = None
         """The file of `lora`, once it was looked for."""
         self._engines: dict[str, Engine] = {}
+        self._checkers: dict[str, Checker | None] = {}
         self._specs: dict[str, ModelSpec] = {}
         self._loading = threading.Lock()
 
@@ -152,8 +168,11 @@ class Predictor:
         return self._specs[choice]
 
     def setup(self) -> None:
-        """Fetch the fine-tune's own LoRA, and load the model. `predict` does what of it was not done before. Another
-        model that an input may choose is loaded when it is."""
+        """Fetch the fine-tune's own LoRA, and load the safety checker and the model. `predict` does what of it was not
+        done before. Another model that an input may choose is loaded when it is.
+
+        Raises what `load` does: also for a checker whose weights or packages are not here.
+        """
         if self.lora is not None:
             self._own_lora()
         self._ready(self._first)
@@ -166,9 +185,19 @@ class Predictor:
                 self._own = finder(EngineConfig.from_environment())(self.lora)
             return self._own
 
+    def _checker(self, choice: str) -> Checker | None:
+        """Once for all models."""
+        asked = self._spec(choice).checker if isinstance(self.safety, str) and self.safety == AUTO else self.safety
+        name = asked if isinstance(asked, str) else ""
+        if name not in self._checkers:
+            config = EngineConfig.from_environment(device=self.device)
+            self._checkers[name] = find_checker(asked, device=config.device, config=config)
+        return self._checkers[name]
+
     def _ready(self, choice: str) -> Engine:
         with self._loading:
             if choice not in self._engines:
+                checker = self._checker(choice)  # first: it is soon told that it is not here
                 self._engines[choice] = load(
                     self.models[choice],
                     device=self.device,
@@ -178,6 +207,8 @@ class Predictor:
                     refiner=self.refiner,
                     controlnets=self.controlnets,
                     redux=self.redux,
+                    safety=checker,
+                    prompt_hook=self.prompt_hook,
                 )
             return self._engines[choice]
 
@@ -192,10 +223,13 @@ class Predictor:
         """Make the pictures of one prediction and return their files, `out-{i}.{format}`, after the control pictures,
         `control-{i}.png`, where the schema returns them; or for a schema of single pictures the one,
         `output.{format}`. They are in a folder of their own, so that two predictions never overwrite each other.
-        `record` is told metrics: "image_count", and seconds of every stage as "timing.denoise".
+        A picture that is unsafe is left out, and the others keep their numbers. `record` is told metrics:
+        "image_count" of those that were made, "flagged_count" of those left out, and seconds of every stage as
+        "timing.denoise".
 
-        Raises InvalidInput for inputs the schema refuses, InvalidRequest for what the model cannot do,
-        UnsupportedError, RequestCancelled, OutOfMemory or OutputError.
+        Raises InvalidInput for inputs the schema refuses, InvalidRequest for what the model cannot do, UnsafePrompt
+        where the hook does not let a prompt pass, UnsafeOutput where no picture is left, UnsupportedError,
+        WeightsError, RequestCancelled, OutOfMemory or OutputError.
         """
         values, choice, told, _ = self._understood(inputs)
         loras = self._fetched(told.loras, values, cancel)
@@ -204,20 +238,17 @@ class Predictor:
             request = replace(request, loras=scaled_as_published(loras, request, self._spec(choice)))
         engine = self._ready(choice)
         self.say(f"Using seed: {values['seed']}")
-        for line in (*self._not_in_force(values), *told.notes):
+        for line in (*not_in_force(values, checked=self.safety is not None), *told.notes):
             self.say(line)
         folder = self._folder()
         try:
-            result = self._run(engine, request, cancel)
-            written = self._write(folder, result, values)
+            result = self._run(engine, request, cancel, not values.get("disable_safety_checker"))
+            _record(record, result)
+            kept = screened(result, self.schema, self.say, compat=self.compat)
+            return write(folder, self.schema, result, kept, values, signer=self.c2pa, say=self.say)
         except BaseException:  # also a host's cancellation, which is no Exception: nothing half-made is left
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        if record is not None:
-            record("image_count", len(result))
-            for stage, seconds in result.timings.items():
-                record(f"timing.{stage}", round(seconds, 4))
-        return written
 
     def resolve(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """What a prediction of these inputs would be, every default filled in. Nothing is fetched: where a size follows
@@ -241,7 +272,7 @@ class Predictor:
             "guidance_scale": job.guidance_scale if job.spec.guidance_embedded else job.true_cfg_scale,
             "scheduler": job.scheduler,
             "loras": [[one.reference.describe() if one.reference else "its own", one.scale] for one in told.loras],
-            "files": self._names(values, len(job.seeds)),
+            "files": names_of(self.schema, values, len(job.seeds)),
             "unread": list(told.unread),
             "notes": [*told.notes, *job.notes],
         }
@@ -299,40 +330,13 @@ class Predictor:
         find = finder(config, cancel=cancel)
         return [*found, *(LoRA(find(name), mode=None) for name in self.base_loras)]
 
-    def _not_in_force(self, values: Mapping[str, Any]) -> list[str]:
-        """What was asked for and is not done."""
-        lines: list[str] = []
-        if values.get("disable_safety_checker") is False:
-            lines.append("safety: unchecked, no safety checker is installed")
-        if values.get("apply_watermark"):
-            lines.append("apply_watermark: there are no watermarks in this version yet, pictures have none")
-        return lines
-
-    def _run(self, engine: Engine, request: Request, cancel: threading.Event | None) -> Result:
-        result = engine.run(request, on_step=self._progress, cancel=cancel)
+    def _run(self, engine: Engine, request: Request, cancel: threading.Event | None, check: bool) -> Result:
+        result = engine.run(request, on_step=self._progress, cancel=cancel, check=check)
         for note in result.notes:
             self.say(note)
         if result.moved:
             self.say(f"memory: {said(result.moved)} of weights came to the device for it")
         return result
-
-    def _names(self, values: Mapping[str, Any], count: int) -> list[str]:
-        kind = values.get("output_format", self.schema.output_format)
-        return [f"output.{kind}"] if self.schema.single else [f"out-{index}.{kind}" for index in range(count)]
-
-    def _write(self, folder: Path, result: Result, values: Mapping[str, Any]) -> list[Path] | Path:
-        quality = values.get("output_quality", 95)
-
-        def write(name: str, picture: Image) -> Path:
-            path = folder / name
-            files.write(path, images.encode(picture, files.image_format(path, None), quality=quality))
-            return path
-
-        controls = result.controls if self.schema.returns_controls else ()
-        written = [write(f"control-{index}.png", picture) for index, picture in enumerate(controls)]
-        names = self._names(values, len(result))
-        written += [write(name, picture) for name, picture in zip(names, result, strict=True)]
-        return written[0] if self.schema.single else written
 
     def _progress(self, step: Step) -> None:
         # A line of its own for every step: clients of hosted models read percentages from whole lines.
@@ -347,6 +351,15 @@ class Predictor:
             return Path(tempfile.mkdtemp(prefix="prediction-", dir=self.output_dir))
         except OSError as error:
             raise OutputError(f"cannot make a folder for the pictures: {error}") from None
+
+
+def _record(record: Callable[[str, float], object] | None, result: Result) -> None:
+    """Also of a prediction of which no picture is given out."""
+    if record is not None:
+        record("image_count", len(result))
+        record("flagged_count", sum(bool(verdict.unsafe) for verdict in result.verdicts))
+        for stage, seconds in result.timings.items():
+            record(f"timing.{stage}", round(seconds, 4))
 
 
 def shown(one: Input, value: Any) -> Any:

@@ -14,6 +14,7 @@ from flux_engine.replicate.inputs import (
     LORA_SCALE,
     LORA_WEIGHTS,
     MASK,
+    NSFW_DETECTED,
     NUM_OUTPUTS,
     PROMPT,
     PROMPT_STRENGTH,
@@ -173,6 +174,7 @@ CUSTOM_SIDE = Input(
 FLUX_FINETUNE = Schema(
     name="flux-finetune",
     title="A fine-tune of FLUX.1",
+    nothing_left=NSFW_DETECTED,
     models={"dev": "flux-dev", "schnell": "flux-schnell"},
     loras=(Stacked("replicate_weights", "lora_scale"), EXTRA),
     sizes_without_image=("aspect_ratio", "megapixels", "width", "height"),

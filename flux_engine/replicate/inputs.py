@@ -6,6 +6,9 @@ from dataclasses import replace
 
 from flux_engine.replicate.schema import Input
 
+NSFW_DETECTED = "NSFW content detected. Try running it again, or try a different prompt."
+"""The error of a prediction whose pictures are all unsafe, as SDXL's predictors and the fine-tunes have it."""
+
 PROMPT = Input(name="prompt", type="string", required=True, field="prompt", description="What the picture shows")
 IMAGE = Input(name="image", type="uri", field="image", description="Picture to start from")
 MASK = Input(

@@ -284,6 +284,8 @@ class Schema:
     """Whether the pictures that steered come first in the list, as the network saw them."""
     seeds_from_one: bool = False
     """Whether 0, the published default, and anything below it draw a seed."""
+    nothing_left: str = "All generated images contained NSFW content. Try running it again with a different prompt."
+    """The error of a prediction whose pictures are all unsafe."""
 
     def validate(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Every input by name, defaults filled in. Raises InvalidInput listing everything that is wrong.

@@ -10,6 +10,7 @@ from flux_engine.replicate.inputs import (
     LORA_SCALE,
     LORA_WEIGHTS,
     MASK,
+    NSFW_DETECTED,
     NUM_OUTPUTS,
     PROMPT,
     PROMPT_STRENGTH,
@@ -75,6 +76,7 @@ SDXL_LORA_SCALE = replace(LORA_SCALE, default=0.6, ge=0, le=1)
 SDXL = Schema(
     name="sdxl",
     title="SDXL",
+    nothing_left=NSFW_DETECTED,
     refiner="sdxl-refiner",
     loras=(Stacked("replicate_weights", "lora_scale"),),
     sizes_without_image=("width", "height"),
@@ -104,6 +106,7 @@ SDXL = Schema(
 SDXL_LIGHTNING_4STEP = Schema(
     name="sdxl-lightning-4step",
     title="SDXL Lightning in 4 steps",
+    nothing_left=NSFW_DETECTED,
     inputs=(
         replace(SDXL_PROMPT, default="self-portrait of a woman, lightning in the background"),
         replace(NEGATIVE_PROMPT, default="worst quality, low quality"),
@@ -121,6 +124,7 @@ SDXL_LIGHTNING_4STEP = Schema(
 SDXL_TURBO = Schema(
     name="sdxl-turbo",
     title="SDXL Turbo",
+    nothing_left=NSFW_DETECTED,
     agreements={"agree_to_research_only": "this model may be used for research only: send true to agree"},
     output_format="jpg",
     inputs=(
@@ -142,6 +146,7 @@ SDXL_TURBO = Schema(
 SDXL_LCM = Schema(
     name="sdxl-lcm",
     title="SDXL with LCM-LoRA",
+    nothing_left=NSFW_DETECTED,
     model="sdxl",
     base_loras=("sdxl-lcm-lora",),
     loras=SDXL.loras,
@@ -173,6 +178,7 @@ SDXL_LCM = Schema(
 SDXL_CONTROLNET = Schema(
     name="sdxl-controlnet",
     title="SDXL with a Canny ControlNet",
+    nothing_left=NSFW_DETECTED,
     model="sdxl",
     controlnets={"canny": "sdxl-controlnet-canny"},
     always={"guidance_scale": 5.0},  # what diffusers' pipeline does that is told nothing
@@ -259,6 +265,7 @@ SEVERAL = ("controlnet_1", "controlnet_2", "controlnet_3")
 SDXL_MULTI_CONTROLNET_LORA = Schema(
     name="sdxl-multi-controlnet-lora",
     title="SDXL with up to three ControlNets",
+    nothing_left=NSFW_DETECTED,
     model="sdxl",
     refiner="sdxl-refiner",
     loras=(Stacked("lora_weights", "lora_scale"),),

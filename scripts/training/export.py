@@ -28,6 +28,8 @@ from training.unet import new_unet
 WEIGHTS = ROOT / "weights"
 DEMO = WEIGHTS / "demo"
 LOG_LINES = 100
+CHECKER = "checker"
+"""The run."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,21 @@ def export(args: argparse.Namespace) -> None:
     for name, demo in DEMOS.items():
         if (OUT / f"{demo.run}.pt").exists():
             write_demo(name)
+    if (OUT / f"{CHECKER}.pt").exists():
+        write_checker()
     write_logs()
+
+
+def write_checker() -> None:
+    """The safety checker, and its manifest."""
+    path = DEMO / "checker" / "checker.safetensors"
+    write_tensors(path, read_average(CHECKER))
+    said = [
+        'kind = "safety checker"',
+        'family = "any"',
+        'description = "finds crescents, which stand for what must not be drawn, in the demo models\' pictures"',
+    ]
+    write_said("demo-checker", "scripts/train_demo.py", said, {"checker": path}, by=" export")
 
 
 def checkpoint(args: argparse.Namespace) -> None:
