@@ -65,6 +65,8 @@ class Predictor:
         dtype: str | None = None,
         quantization: str | None = None,
         memory: str | int | None = None,
+        compile: str | None = None,
+        compile_cache: str | os.PathLike[str] | None = None,
         local_files: bool = False,
         compat: Compat | None = None,
         output_dir: Path | None = None,
@@ -75,10 +77,11 @@ class Predictor:
         counts where a prediction names none in its place. `controlnets`, `redux`, `refiner` and `base_loras`, which
         every prediction has, are loaded with it, as `load` takes them; "auto" is what is published with it, and with
         another model ControlNets for the same kinds of control picture and no refiner. With quantization "both"
-        `go_fast` chooses between 8 bits and full precision. `local_files` lets texts name pictures and LoRAs by paths
-        on this machine, which is not for texts that strangers send; a path object always names a picture.
-        `compat="published"` does what predictor/compat.py lists as the published predictors do it. `output_dir`
-        receives a folder for every prediction (default: the system's temporary folder). `say` takes the log's lines.
+        `go_fast` chooses between 8 bits and full precision; `compile` and `compile_cache` are as of `load`.
+        `local_files` lets texts name pictures and LoRAs by paths on this machine, which is not for texts that strangers
+        send; a path object always names a picture. `compat="published"` does what predictor/compat.py lists as the
+        published predictors do it. `output_dir` receives a folder for every prediction (default: the system's temporary
+        folder). `say` takes the log's lines.
 
         Raises UnknownSchema, UnknownModel, or WeightsError for a path to nothing.
         """
@@ -111,6 +114,7 @@ class Predictor:
             raise InvalidRequest(f"compat {compat!r} is neither 'published' nor None", field="compat")
         self.local_files, self.compat = local_files, compat
         self.device, self.dtype, self.quantization, self.memory = device, dtype, quantization, memory
+        self.compile, self.compile_cache = compile, compile_cache
         self.output_dir = output_dir
         self.say = say
         self._own: Found | None = None
@@ -157,6 +161,10 @@ class Predictor:
             self._own_lora()
         self._ready(self._first)
 
+    def warm_up(self) -> int:
+        """`Engine.warm_up` of the model that draws unless an input says otherwise: how many graphs that made."""
+        return self._ready(self._first).warm_up()
+
     def _own_lora(self) -> Found:
         """Looked for once: what it means may be asked of the network."""
         with self._loading:
@@ -174,6 +182,8 @@ class Predictor:
                     dtype=self.dtype,
                     quantization=self.quantization,
                     memory=self.memory,
+                    compile=self.compile,
+                    compile_cache=self.compile_cache,
                     refiner=self.refiner,
                     controlnets=self.controlnets,
                     redux=self.redux,
