@@ -73,7 +73,7 @@ def test_what_the_rules_allow() -> None:
     ("old", "new", "why"),
     [
         ("class Predictor(BasePredictor)", "class Model(BasePredictor)", "no class Predictor in this file"),
-        ("class Predictor(BasePredictor):\n    def predict", "class Predictor(Base):\n    def other", "must define run"),
+        ("(BasePredictor):\n    def predict", "(Base):\n    def other", "must define run"),
         ("image: Path = Input(description=\"x\")", "**inputs", "name no inputs"),
         ("        return []", "        return eval('[]')", "eval"),
         ("        return []", "        self.predict.__signature__ = None", "__signature__"),
