@@ -35,15 +35,20 @@ READY = 180.0
 def environment(version: str) -> Path:
     """The folder of an environment with that cog, made once."""
     folder = ROOT / "out" / "cogs" / version
-    here = [str(ROOT), str(ROOT / "kernels"), *dict.fromkeys(sysconfig.get_paths()[n] for n in ("purelib", "platlib"))]
-    wanted = "\n".join([VERSIONS[version], sys.version, *here])
+    packages = [Path(sysconfig.get_paths()[name]) for name in ("purelib", "platlib")]
+    # Without the cog in it: the older one calls the newer one's server where it finds that.
+    rest = {path.name: path for one in packages for path in one.iterdir() if not path.name.startswith("cog")}
+    wanted = "\n".join([VERSIONS[version], sys.version, str(ROOT), *sorted(map(str, rest.values()))])
     stamp = folder / "made-for"
     if not stamp.exists() or stamp.read_text() != wanted:
         venv.create(folder, clear=True, symlinks=True)
+        (folder / "rest").mkdir()
+        for name, path in rest.items():
+            (folder / "rest" / name).symlink_to(path)
         pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "--disable-pip-version-check"]
         subprocess.run([*pip, "install", "--quiet", VERSIONS[version]], check=True)
-        [packages] = folder.glob("lib/python*/site-packages")
-        (packages / "zz-after-cog.pth").write_text("\n".join(here) + "\n")
+        [own] = folder.glob("lib/python*/site-packages")
+        (own / "zz-after-cog.pth").write_text(f"{ROOT}\n{ROOT / 'kernels'}\n{folder / 'rest'}\n")
         stamp.write_text(wanted)
     return folder
 
@@ -72,7 +77,7 @@ class Server:
         headers: Mapping[str, str] | None = None,
         seconds: float = 120,
     ) -> tuple[int, Any]:
-        """Status and JSON of an answer."""
+        """Status of an answer, and its JSON, or its text where it is none."""
         data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{path}",
@@ -82,9 +87,13 @@ class Server:
         )
         try:
             with urllib.request.urlopen(request, timeout=seconds) as answer:
-                return answer.status, json.loads(answer.read() or b"null")
+                status, text = answer.status, answer.read()
         except urllib.error.HTTPError as error:
-            return error.code, json.loads(error.read() or b"null")
+            status, text = error.code, error.read()
+        try:
+            return status, json.loads(text or b"null")
+        except ValueError:
+            return status, text.decode()
 
     def predict(self, **inputs: Any) -> tuple[int, Any]:
         return self.call("POST", "/predictions", {"input": inputs})
@@ -101,7 +110,8 @@ class Server:
 @contextmanager
 def serving(version: str, folder: Path, *, upload: str | None = None) -> Iterator[Server]:
     """A server of a generated folder, ready; nothing of it runs afterwards."""
-    home, port, log = environment(version), free_port(), folder / "server.log"
+    home, port = environment(version), free_port()
+    log = folder / f"server-{port}.log"
     known = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     settings = known | {
         "PATH": f"{home / 'bin'}{os.pathsep}{os.environ['PATH']}",  # Cog starts its worker as `python`
@@ -109,6 +119,7 @@ def serving(version: str, folder: Path, *, upload: str | None = None) -> Iterato
         "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
+        "FLUX_ENGINE_CACHE": str(folder.parent / "cache"),
     }
     command = [str(home / "bin" / "python"), "-m", "cog.server.http", "--host", "127.0.0.1"]
     command += ["--upload-url", upload] if upload else []

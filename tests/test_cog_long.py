@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from flux_engine.cli import main
 from flux_engine.hub import weights_folder
 
 pytestmark = pytest.mark.full
+log = logging.getLogger(__name__)
 
 COUNT, FIRST = 200, 20
 GROWTH = 1.05
@@ -111,5 +113,5 @@ def test_two_hundred_mixed_predictions(jobs: tuple[Server, list[Job]]) -> None:
             time.sleep(1)
         seen.append(resident(server))
     told = ", ".join(f"{size / 2**20:.0f}" for size in seen[FIRST - 1 :: FIRST])
-    print(f"MiB after every {FIRST}: {told}")
+    log.info("MiB after every %d: %s", FIRST, told)
     assert seen[-1] <= GROWTH * seen[FIRST - 1], told
