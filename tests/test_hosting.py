@@ -130,9 +130,10 @@ def test_what_the_folder_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str
         'quantization="int8",',
         'compile="default",',
         'compile_cache="compiled",',
-        "Optional[Secret]",
+        "Optional[Path]",
     ):
         assert text in source, text
+    assert "Optional[Secret]" in generate(SCHEMAS["flux-dev-lora"], Hosting())["predict.py"]
     assert "safety" not in source.replace("disable_safety_checker", "")
     config = yaml.safe_load((folder / "cog.yaml").read_text())
     assert config["build"]["gpu"] is True and config["build"]["python_version"] == python()
@@ -168,6 +169,7 @@ def test_where_the_library_came_from_is_kept(monkeypatch: pytest.MonkeyPatch, tm
 
     class Installed:
         version = "1.2.3"
+        requires = ()
 
         def __init__(self, said: object) -> None:
             self.said = said
