@@ -46,7 +46,7 @@ def environment(version: str) -> Path:
         for name, path in rest.items():
             (folder / "rest" / name).symlink_to(path)
         pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "--disable-pip-version-check"]
-        subprocess.run([*pip, "install", "--quiet", VERSIONS[version]], check=True)
+        subprocess.run([*pip, "install", "-qq", VERSIONS[version]], check=True)
         [own] = folder.glob("lib/python*/site-packages")
         (own / "zz-after-cog.pth").write_text(f"{ROOT}\n{ROOT / 'kernels'}\n{folder / 'rest'}\n")
         stamp.write_text(wanted)

@@ -8,11 +8,13 @@ between two steps, and nothing is ever left half done.
 from __future__ import annotations
 
 import contextvars
+import queue
 import shutil
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,7 +35,9 @@ class Hosted:
     def __init__(self, predictor: Predictor) -> None:
         self.predictor = predictor
         # One thread for all, also for loading: threads of torch and of the kernels belong to the one that calls them.
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flux-engine")
+        # A process that ends does not wait for it.
+        self._waiting = queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]]()
+        threading.Thread(target=_work, args=(self._waiting,), name="flux-engine", daemon=True).start()
         self._folders: deque[Path] = deque()
 
     def setup(self) -> None:
@@ -69,8 +73,9 @@ class Hosted:
         return written
 
     def _do(self, work: Callable[[], T], cancel: threading.Event | None = None) -> T:
+        future: Future[T] = Future()
         # With the host's context: it tells by that to which prediction a line of the log belongs.
-        future: Future[T] = self._worker.submit(contextvars.copy_context().run, work)
+        self._waiting.put((future, partial(contextvars.copy_context().run, work)))
         # A bare lock, as everything else that waits would itself be left locked by an exception out of nowhere.
         done = threading.Lock()
         done.acquire()
@@ -78,14 +83,24 @@ class Hosted:
         try:
             _wait(future, done)
         except BaseException:
-            if cancel is not None:
+            if cancel is not None:  # loading cannot be stopped, and need not be waited for
                 cancel.set()
-            _wait(future, done)
+                _wait(future, done)
             raise
         try:
             return future.result()
         finally:
             del future  # an error keeps this frame, and with it all that the work had in its hands
+
+
+def _work(waiting: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]]) -> None:
+    while True:
+        future, call = waiting.get()
+        try:
+            future.set_result(call())
+        except BaseException as error:  # noqa: BLE001  raised again where the result is asked for
+            future.set_exception(error)
+        del future, call  # nothing of a prediction is held until the next one comes
 
 
 def _wait(future: Future[Any], done: threading.Lock) -> None:
