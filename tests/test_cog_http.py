@@ -22,7 +22,8 @@ pytestmark = pytest.mark.full
 PROGRESS = re.compile(r"^\s*(\d+)%\s*\|.+?\|\s*(\d+)\/(\d+)")
 """What the official clients look for in a line of the log."""
 SMALL = {"prompt": "a red circle on a blue background", "megapixels": "0.25", "num_inference_steps": 2, "seed": 1}
-SLOW = {"prompt": "a red circle", "num_outputs": 4, "num_inference_steps": 4, "seed": 1}
+SLOW = {"prompt": "a red circle", "num_outputs": 4, "num_inference_steps": 50, "seed": 1}
+"""Seconds of work."""
 
 
 @dataclass(frozen=True)
@@ -75,16 +76,11 @@ def receiver() -> Iterator[Receiver]:
         yield one
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("schnell") / "model"
-    assert main(["cog", "init", "flux-schnell", str(made), "--model", "demo-schnell"]) == 0
-    return made
-
-
 @pytest.fixture(scope="module", params=list(VERSIONS))
-def server(request: pytest.FixtureRequest, folder: Path) -> Iterator[Server]:
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One server a cog for all tests: it has to be right after whatever came before."""
+    folder = tmp_path_factory.mktemp("dev") / "model"
+    assert main(["cog", "init", "flux-dev", str(folder), "--model", "demo-dev"]) == 0
     with serving(request.param, folder) as one:
         yield one
 
@@ -97,16 +93,20 @@ def ways(server: Server) -> Ways:
 Draw = Callable[..., bytes]
 
 
-@pytest.fixture(scope="module")
-def draw() -> Draw:
+def drawing(schema: str, model: str) -> Draw:
     """The bytes that the predictor writes in this process."""
-    predictor = Predictor("flux-schnell", model="demo-schnell", say=lambda line: None)
+    predictor = Predictor(schema, model=model, say=lambda line: None)
 
     def drawn(**inputs: Any) -> bytes:
         [path] = predictor.predict(**inputs)  # pyright: ignore[reportGeneralTypeIssues]
         return path.read_bytes()
 
     return drawn
+
+
+@pytest.fixture(scope="module")
+def draw() -> Draw:
+    return drawing("flux-dev", "demo-dev")
 
 
 def check_right(server: Server, draw: Draw) -> None:
@@ -208,18 +208,20 @@ def test_logs_come_while_it_runs(server: Server, receiver: Receiver) -> None:
 
 
 @pytest.mark.parametrize("version", list(VERSIONS))
-def test_uploads(version: str, folder: Path, receiver: Receiver, draw: Draw) -> None:
-    """Of predictions that are not waited for. The newer cog uploads what others make, too."""
-    name = f"upload-{version}"
-    with serving(version, folder, upload=f"{receiver.url}/up/") as server:
-        assert server.begin(name, receiver.url, SMALL | {"output_format": "png"})[0] == 202
+def test_another_model_and_uploads(version: str, tmp_path: Path, receiver: Receiver) -> None:
+    """Files of predictions that are not waited for are uploaded; the newer cog does it for all."""
+    assert main(["cog", "init", "flux-schnell", str(tmp_path / "model"), "--model", "demo-schnell"]) == 0
+    name, asked = f"upload-{version}", SMALL | {"output_format": "png"}
+    expected = drawing("flux-schnell", "demo-schnell")(**asked)
+    with serving(version, tmp_path / "model", upload=f"{receiver.url}/up/") as server:
+        assert server.begin(name, receiver.url, asked)[0] == 202
         output = receiver.ended(name)["output"]
         path, headers, content = receiver.uploads[-1]
         sent = {key.lower(): value for key, value in headers.items()}
-        assert path == "/up/out-0.png" and content == draw(**SMALL, output_format="png")
+        assert path == "/up/out-0.png" and content == expected
         assert sent["content-type"] == "image/png" and sent["x-prediction-id"] == name
         assert output == [f"{receiver.url}/kept/up/out-0.png"]
-        [uri] = server.predict(**SMALL)[1]["output"]
+        [uri] = server.predict(**asked)[1]["output"]
         assert uri.startswith("http" if version == "0.23" else "data:")
 
 
@@ -240,27 +242,26 @@ def test_what_the_schema_refuses(server: Server, ways: Ways) -> None:
     assert status in (400, 422)
 
 
-def test_img2img_and_failures(server: Server, ways: Ways, receiver: Receiver, tmp_path: Path) -> None:
-    """A picture as data URI and as link; what the predictor refuses is said in its words."""
-    folder = tmp_path / "dev"
-    assert main(["cog", "init", "flux-dev", str(folder), "--model", "demo-dev"]) == 0
+def test_pictures_come_in_as_data_and_as_links(server: Server, receiver: Receiver, draw: Draw, tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (96, 128), "orange").save(buffer, "PNG")
     receiver.files["/picture.png"] = buffer.getvalue()
     (tmp_path / "picture.png").write_bytes(buffer.getvalue())
-    asked = {"prompt": "a red circle", "seed": 3, "num_inference_steps": 4, "output_format": "png"}
-    alone = Predictor("flux-dev", model="demo-dev", say=lambda line: None)
-    [path] = alone.predict(**asked, image=tmp_path / "picture.png")  # pyright: ignore[reportGeneralTypeIssues]
-    with serving(server.version, folder) as dev:
-        for sent in (data_uri(buffer.getvalue()), f"{receiver.url}/picture.png"):
-            status, body = dev.predict(**asked, image=sent)
-            assert status == 200 and body["status"] == "succeeded", body
-            assert decoded(body["output"][0]) == ("image/png", path.read_bytes())
-        status, body = dev.predict(**asked, image=data_uri(b"no picture"))
-        assert status == 200 and body["status"] == "failed"
-        assert body["error"].startswith(f"{ways.failed}image: "), body["error"]
-        assert ("Traceback" in body["logs"]) is ways.traces
-        status, body = dev.predict(**asked, image=str(tmp_path / "picture.png"))
-        assert status == 422 or body["status"] == "failed", body
-        status, body = dev.predict(**asked, image=data_uri(buffer.getvalue()))
-        assert decoded(body["output"][0])[1] == path.read_bytes()
+    asked = SMALL | {"num_inference_steps": 4, "output_format": "png"}
+    expected = draw(**asked, image=tmp_path / "picture.png")
+    assert expected != draw(**asked)
+    for sent in (data_uri(buffer.getvalue()), f"{receiver.url}/picture.png"):
+        status, body = server.predict(**asked, image=sent)
+        assert status == 200 and body["status"] == "succeeded", body
+        assert decoded(body["output"][0]) == ("image/png", expected)
+
+
+def test_a_failure_is_said_in_the_predictors_words(server: Server, ways: Ways, draw: Draw, tmp_path: Path) -> None:
+    status, body = server.predict(**SMALL, image=data_uri(b"no picture"))
+    assert status == 200 and body["status"] == "failed"
+    assert body["error"].startswith(f"{ways.failed}image: "), body["error"]
+    assert ("Traceback" in body["logs"]) is ways.traces
+    (tmp_path / "picture.png").write_bytes(b"")
+    status, body = server.predict(**SMALL, image=str(tmp_path / "picture.png"))  # a path on the server's machine
+    assert status == 422 or body["status"] == "failed", body
+    check_right(server, draw)
