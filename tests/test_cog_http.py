@@ -169,8 +169,8 @@ def test_a_put_again_is_the_same_prediction(server: Server, receiver: Receiver, 
 def test_another_one_is_refused_while_it_is_busy(server: Server, ways: Ways, receiver: Receiver) -> None:
     name = f"busy-{server.version}"
     assert server.begin(name, receiver.url, SLOW)[0] == 202
-    assert server.predict(**SMALL) == (409, ways.busy)
     assert server.health()["status"] == "BUSY"
+    assert server.call("POST", "/predictions", {"input": SMALL}) == (409, ways.busy)
     assert receiver.ended(name)["status"] == "succeeded"
 
 

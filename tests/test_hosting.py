@@ -317,7 +317,8 @@ def test_a_host_cancels_by_raising_anywhere_in_the_waiting_thread(hosted: Hosted
         assert type(ended.pop()) is Cancelled
         [path] = hosted.predict(Told(), seed=5, **SMALL)
         assert path.read_bytes() == expected
-        assert Image.open(path).size == (128, 128)
+        with Image.open(path) as picture:
+            assert picture.size == (128, 128)
 
 
 # ---- weights come several at once ----
