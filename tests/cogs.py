@@ -96,12 +96,17 @@ class Server:
             return status, text.decode()
 
     def predict(self, **inputs: Any) -> tuple[int, Any]:
-        """A prediction, once no other one runs: both cogs answer, and call webhooks, a moment before they take the next
-        one."""
-        until = time.monotonic() + 60
-        while self.health()["status"] == "BUSY" and time.monotonic() < until:
-            time.sleep(0.01)
+        """A prediction, once no other one runs."""
+        self.wait_until_idle()
         return self.call("POST", "/predictions", {"input": inputs})
+
+    def wait_until_idle(self, seconds: float = 60) -> str:
+        """What the server then says of itself. Both cogs answer, and call webhooks, a moment before they take another
+        prediction."""
+        until = time.monotonic() + seconds
+        while (said := self.health()["status"]) == "BUSY" and time.monotonic() < until:
+            time.sleep(0.01)
+        return said
 
     def begin(self, name: str, hook: str, inputs: dict[str, Any], **more: Any) -> tuple[int, Any]:
         """A prediction that is not waited for, of that id."""

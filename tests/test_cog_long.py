@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 
 COUNT, FIRST = 200, 20
 GROWTH = 1.05
-SIZES = {"1:1": (128, 128), "16:9": (192, 96), "2:3": (112, 160), "9:21": (80, 192)}
-"""What demo-dev draws with megapixels 0.25."""
+RATIOS = ["1:1", "16:9", "2:3", "9:21"]
+COLOURS = ["red", "green", "blue", "yellow", "purple"]
 REFERENCE = {"prompt": "a red circle on a blue background", "seed": 1, "num_inference_steps": 2, "megapixels": "0.25",
              "output_format": "png"}  # fmt: skip
 
@@ -64,12 +64,17 @@ def jobs(tmp_path: Path, picture: str) -> Iterator[tuple[Server, list[Job]]]:
             return body
 
         def sized(number: int) -> None:
-            ratio = drawn.choice(list(SIZES))
-            count = drawn.choice([1, 2])
-            kind = drawn.choice(["png", "webp", "jpg"])
-            body = predict(seed=number, aspect_ratio=ratio, num_outputs=count, output_format=kind)
-            found = [Image.open(io.BytesIO(decoded(uri)[1])) for uri in body["output"]]
-            assert [one.size for one in found] == [SIZES[ratio]] * count
+            asked = {
+                "prompt": f"a {drawn.choice(COLOURS)} circle at the top, number {number}",
+                "seed": number,
+                "aspect_ratio": drawn.choice(RATIOS),
+                "megapixels": drawn.choice(["0.25", "0.25", "1"]),
+                "num_outputs": drawn.choice([1, 2]),
+                "output_format": drawn.choice(["png", "webp", "jpg"]),
+            }
+            body, meant = predict(**asked), alone.resolve(REFERENCE | asked)
+            found = [Image.open(io.BytesIO(decoded(uri)[1])).size for uri in body["output"]]
+            assert found == [(meant["width"], meant["height"])] * asked["num_outputs"]
 
         def reference(number: int) -> None:
             assert decoded(predict()["output"][0])[1] == right
