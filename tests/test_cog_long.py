@@ -26,6 +26,7 @@ COUNT, FIRST = 200, 20
 GROWTH = 1.05
 RATIOS = ["1:1", "16:9", "2:3", "9:21"]
 COLOURS = ["red", "green", "blue", "yellow", "purple"]
+"""As many prompts as the first predictions already bring: an engine remembers 64 of them, encoded, on purpose."""
 REFERENCE = {"prompt": "a red circle on a blue background", "seed": 1, "num_inference_steps": 2, "megapixels": "0.25",
              "output_format": "png"}  # fmt: skip
 
@@ -65,11 +66,12 @@ def jobs(tmp_path: Path, picture: str) -> Iterator[tuple[Server, list[Job]]]:
 
         def sized(number: int) -> None:
             asked = {
-                "prompt": f"a {drawn.choice(COLOURS)} circle at the top, number {number}",
+                "prompt": f"a {COLOURS[number % len(COLOURS)]} circle at the top",
                 "seed": number,
                 "aspect_ratio": drawn.choice(RATIOS),
-                "megapixels": drawn.choice(["0.25", "0.25", "1"]),
-                "num_outputs": drawn.choice([1, 2]),
+                # The largest comes first: what it takes is no growth afterwards.
+                "megapixels": "0.25" if number % 10 else "1",
+                "num_outputs": drawn.choice([1, 2]) if number % 10 else 2,
                 "output_format": drawn.choice(["png", "webp", "jpg"]),
             }
             body, meant = predict(**asked), alone.resolve(REFERENCE | asked)
@@ -90,7 +92,7 @@ def jobs(tmp_path: Path, picture: str) -> Iterator[tuple[Server, list[Job]]]:
             assert Image.open(io.BytesIO(decoded(body["output"][0])[1])).size == (96, 128)
 
         def cancelled(number: int) -> None:
-            cancel_one(server, receiver, f"cancelled-{number}", drawn.random())
+            cancel_one(server, receiver, f"cancelled-{number}", 0.2 + drawn.random())
 
         def failed(number: int) -> None:
             body = predict(image=data_uri(b"no picture"))

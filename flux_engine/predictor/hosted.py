@@ -8,6 +8,7 @@ between two steps, and nothing is ever left half done.
 from __future__ import annotations
 
 import contextvars
+import ctypes
 import queue
 import shutil
 import threading
@@ -101,6 +102,15 @@ def _work(waiting: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]]) -> 
         except BaseException as error:  # noqa: BLE001  raised again where the result is asked for
             future.set_exception(error)
         del future, call  # nothing of a prediction is held until the next one comes
+        _give_back()
+
+
+def _give_back() -> None:
+    """Give the system what is free: the C library would keep it, piece by piece, for a larger prediction than any that
+    comes. Nobody waits for it, as the answer is out; where it is another C library nothing is done."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _wait(future: Future[Any], done: threading.Lock) -> None:
