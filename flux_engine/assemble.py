@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from flux_engine.checkpoints.folders import choose, is_index, shards_of, weights
 from flux_engine.checkpoints.source import WeightSource
 from flux_engine.config import EngineConfig
 from flux_engine.errors import UnknownModel, UnsupportedError, WeightsError
-from flux_engine.fetch import fetch, listing
+from flux_engine.fetch import fetch, listing, together
 from flux_engine.ledger import Ledger
 from flux_engine.recognition import CONFIGS, PARTS, PLAIN, SAID, Found, is_there, needed, read_json, spec_of
 from flux_engine.specs import ModelSpec
@@ -127,8 +128,7 @@ def _repository(repository: str, file: str | None, revision: str, variant: str |
     def weights(folder: str, names: list[str]) -> Path:
         path = get(folder + choose(f"{repository} {folder}".strip(), names, variant=variant))
         if is_index(path.name):
-            for shard in shards_of(path):
-                get(folder + shard.name)
+            together([partial(get, folder + shard.name) for shard in shards_of(path)])
         return path
 
     if file is not None:
@@ -137,13 +137,13 @@ def _repository(repository: str, file: str | None, revision: str, variant: str |
     if "model_index.json" not in files:
         return weights("", [name for name in files if "/" not in name])
     index = get("model_index.json")
+    calls: list[Callable[[], Path]] = []
     for part in dict.fromkeys(part for layout in PARTS.values() for part in layout.weights):
         names = [name.removeprefix(f"{part}/") for name in files if name.startswith(f"{part}/")]
         if names:
-            weights(f"{part}/", names)
-    for name in files:
-        if re.fullmatch(r"(scheduler|unet|vae|text_encoder(_2)?)/\w+\.json|tokenizer(_2)?/[^/]+", name):
-            get(name)
+            calls.append(partial(weights, f"{part}/", names))
+    plain = r"(scheduler|unet|vae|text_encoder(_2)?)/\w+\.json|tokenizer(_2)?/[^/]+"
+    together([*calls, *(partial(get, name) for name in files if re.fullmatch(plain, name))])
     return index.parent
 
 

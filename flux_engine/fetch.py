@@ -7,13 +7,20 @@ Downloads resume, are verified, and are published by rename; two processes that 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
-from contextlib import contextmanager
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from flux_engine.errors import UnknownModel, WeightsError
 
+T = TypeVar("T")
+
 SITE = "https://huggingface.co"
+AT_ONCE = 4
+"""Files of a model that are fetched at the same time: one connection seldom fills a line."""
 
 
 def fetch(repository: str, file: str, *, revision: str = "main", offline: bool = False) -> Path:
@@ -26,6 +33,47 @@ def fetch(repository: str, file: str, *, revision: str = "main", offline: bool =
 
     with _said(repository, file, revision, offline):
         return Path(hf_hub_download(repository, file, revision=revision, local_files_only=offline))
+
+
+def together(calls: Sequence[Callable[[], T]]) -> list[T]:
+    """What each call returns, in order; some are made at the same time, in threads of their own.
+
+    Raises the first error as soon as it is known, as an interrupt is at once: then no other call begins, and those that
+    have begun end by themselves, or with the process.
+    """
+    if len(calls) <= 1:
+        return [call() for call in calls]
+    # Here, as threads that import the same at once get in each other's way.
+    from huggingface_hub import constants, errors, hf_hub_download  # noqa: F401
+
+    waiting = queue.SimpleQueue[tuple[int, Callable[[], T]]]()
+    answers = queue.SimpleQueue[tuple[int, T | None, BaseException | None]]()
+    for numbered in enumerate(calls):
+        waiting.put(numbered)
+    stop = threading.Event()
+
+    def work() -> None:
+        with suppress(queue.Empty):
+            while not stop.is_set():
+                number, call = waiting.get_nowait()
+                try:
+                    answers.put((number, call(), None))
+                except BaseException as error:  # noqa: BLE001  raised below, in the caller's thread
+                    answers.put((number, None, error))
+
+    found: dict[int, T] = {}
+    try:
+        for _ in range(min(AT_ONCE, len(calls))):
+            # A thread that a process does not wait for when it ends: an interrupt is not held up by gigabytes.
+            threading.Thread(target=work, name="fetching", daemon=True).start()
+        while len(found) < len(calls):
+            number, answer, error = answers.get()
+            if error is not None:
+                raise error
+            found[number] = answer  # pyright: ignore[reportArgumentType]
+    finally:
+        stop.set()
+    return [found[number] for number in range(len(calls))]
 
 
 def listing(repository: str, *, revision: str = "main", offline: bool = False) -> list[str]:

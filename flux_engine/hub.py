@@ -12,11 +12,12 @@ import re
 import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from flux_engine.errors import UnknownModel, WeightsError, did_you_mean
-from flux_engine.fetch import fetch
+from flux_engine.fetch import fetch, together
 from flux_engine.ledger import Ledger, Pin
 from flux_engine.specs import SPECS, ModelSpec
 
@@ -148,11 +149,18 @@ class Manifest:
         Raises WeightsError, naming the file, or UnknownModel for a repository that does not exist.
         """
         ledger = ledger or Ledger()
-        found = {
-            name: file.obtain(offline=offline, ledger=ledger)
+        wanted = {
+            name: file
             for name, file in self.files.items()
             if only is None or name in only or name.partition("/")[0] in only
         }
+        calls = {name: partial(file.obtain, offline=offline, ledger=ledger) for name, file in wanted.items()}
+        # Several at once where there is something to fetch; the largest first, as the last one to come is waited for.
+        far = [] if offline else [name for name, file in wanted.items() if file.path is None]
+        far.sort(key=lambda name: -(wanted[name].bytes or 0))
+        here = {name: call() for name, call in calls.items() if name not in far}
+        came = here | dict(zip(far, together([calls[name] for name in far]), strict=True))
+        found = {name: came[name] for name in wanted}
         folders = {name.partition("/")[0]: path.parent for name, path in found.items() if "/" in name}
         return folders | found  # a part that is a file and has a folder as well (for its config) is the file
 

@@ -1,5 +1,5 @@
 """The command line: `flux-engine generate|lora|models|download|info|plan|bench|warmup|inspect|convert|quantize|schema|
-validate`.
+validate|cog init`.
 
 A request is checked before torch is imported, so a slip of the keyboard answers in a tenth of a second.
 """
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from flux_engine import __version__
-from flux_engine.cli import about, bench, generate, library, loras, plans, published, warmup, weights
+from flux_engine.cli import about, bench, cog, generate, library, loras, plans, published, warmup, weights
 from flux_engine.cli.output import since_process_start as _since_process_start  # noqa: F401  for the benchmarks
 from flux_engine.cli.output import tell
 from flux_engine.errors import FluxEngineError
@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"flux-engine {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (generate, loras, library, about, published, plans, bench, warmup, weights):
+    for group in (generate, loras, library, about, published, cog, plans, bench, warmup, weights):
         group.add(commands)
     return parser
 

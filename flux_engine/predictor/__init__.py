@@ -3,9 +3,11 @@
     predictor = Predictor("flux-schnell", model="demo-schnell")
     paths = predictor.predict(prompt="a red circle", seed=1)
 
-Inputs are validated and defaulted by the schema's declaration (replicate/), and become a Request here.
+Inputs are validated and defaulted by the schema's declaration (replicate/), and become a Request here. `Hosted` is for
+hosts, which cancel from outside.
 """
 
+from flux_engine.predictor.hosted import Hosted
 from flux_engine.predictor.predictor import Predictor
 
-__all__ = ["Predictor"]
+__all__ = ["Hosted", "Predictor"]

@@ -70,6 +70,8 @@ class Predictor:
         dtype: str | None = None,
         quantization: str | None = None,
         memory: str | int | None = None,
+        compile: str | None = None,
+        compile_cache: str | os.PathLike[str] | None = None,
         safety: Checker | Options | str | None = "auto",
         prompt_hook: PromptHook | None = None,
         local_files: bool = False,
@@ -83,14 +85,14 @@ class Predictor:
         counts where a prediction names none in its place. `controlnets`, `redux`, `refiner` and `base_loras`, which
         every prediction has, are loaded with it, as `load` takes them; "auto" is what is published with it, and with
         another model ControlNets for the same kinds of control picture and no refiner. With quantization "both"
-        `go_fast` chooses between 8 bits and full precision. `local_files` lets texts name pictures and LoRAs by paths
-        on this machine, which is not for texts that strangers send; a path object always names a picture.
-        `safety` is the checker that looks at every picture, as `load` takes it: what is unsafe, or what the checker
-        fails at, is left out. "auto" is CompVis' checker confirmed by Falconsai's, and for a demo model its own; only
-        None checks nothing, beside an input that says so. `prompt_hook` reads prompts before any work for them.
-        `compat="published"` does what predictor/compat.py lists as the published predictors do it. `output_dir`
-        receives a folder for every prediction (default: the system's temporary folder). `c2pa` signs the files. `say`
-        takes the log's lines.
+        `go_fast` chooses between 8 bits and full precision; `compile` and `compile_cache` are as of `load`.
+        `local_files` lets texts name pictures and LoRAs by paths on this machine, which is not for texts that strangers
+        send; a path object always names a picture. `safety` is the checker that looks at every picture, as `load` takes
+        it: what is unsafe, or what the checker fails at, is left out. "auto" is CompVis' checker confirmed by
+        Falconsai's, and for a demo model its own; only None checks nothing, beside an input that says so. `prompt_hook`
+        reads prompts before any work for them. `compat="published"` does what predictor/compat.py lists as the
+        published predictors do it. `output_dir` receives a folder for every prediction (default: the system's temporary
+        folder). `c2pa` signs the files. `say` takes the log's lines.
 
         Raises UnknownSchema, UnknownModel, or WeightsError for a path to nothing.
         """
@@ -127,6 +129,7 @@ class Predictor:
         if isinstance(safety, str) and safety != AUTO:
             parsed(safety)
         self.device, self.dtype, self.quantization, self.memory = device, dtype, quantization, memory
+        self.compile, self.compile_cache = compile, compile_cache
         self.output_dir = output_dir
         self.say = say
         self._own: Found | None = None
@@ -177,6 +180,10 @@ class Predictor:
             self._own_lora()
         self._ready(self._first)
 
+    def warm_up(self) -> int:
+        """`Engine.warm_up` of the model that draws unless an input says otherwise: how many graphs that made."""
+        return self._ready(self._first).warm_up()
+
     def _own_lora(self) -> Found:
         """Looked for once: what it means may be asked of the network."""
         with self._loading:
@@ -204,6 +211,8 @@ class Predictor:
                     dtype=self.dtype,
                     quantization=self.quantization,
                     memory=self.memory,
+                    compile=self.compile,
+                    compile_cache=self.compile_cache,
                     refiner=self.refiner,
                     controlnets=self.controlnets,
                     redux=self.redux,
