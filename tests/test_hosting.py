@@ -139,8 +139,17 @@ def test_what_the_folder_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert config["build"]["gpu"] is True and config["build"]["python_version"] == python()
     assert config["build"]["python_requirements"] == "requirements.txt"
     assert config["predict"] == "predict.py:Predictor"
-    for document in ("openapi_schema.json", ".cog/openapi_schema.json"):
-        assert json.loads((folder / document).read_text()) == SCHEMAS["flux-finetune"].openapi()
+    published = SCHEMAS["flux-finetune"].openapi()
+    assert json.loads((folder / "openapi_schema.json").read_text()) == published
+    checked_by = json.loads((folder / ".cog" / "openapi_schema.json").read_text())
+    inputs = checked_by["components"]["schemas"]["Input"]["properties"]
+    assert {name for name, one in inputs.items() if one["type" if "type" in one else "allOf"][-1] == "null"} == {
+        one.name for one in SCHEMAS["flux-finetune"].inputs if one.optional
+    }
+    for one in inputs.values():
+        if one.get("nullable"):
+            one["type"] = one["type"][0]
+    assert checked_by == published
 
 
 def test_requirements_are_exact(tmp_path: Path) -> None:

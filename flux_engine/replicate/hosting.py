@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 from flux_engine.replicate.schema import Input, Schema
 
@@ -41,18 +43,33 @@ class Hosting:
 
 def generate(schema: Schema, hosting: Hosting) -> dict[str, str]:
     """Path within the folder -> text of the file."""
-    document = json.dumps(schema.openapi(), indent=2, ensure_ascii=False) + "\n"
+    published = schema.openapi()
+    document = _text(published)
     return {
         "predict.py": predict_py(schema, hosting),
         "cog.yaml": cog_yaml(hosting),
         "requirements.txt": requirements_txt(hosting),
         "openapi_schema.json": document,
-        ".cog/openapi_schema.json": document,
+        ".cog/openapi_schema.json": _text(with_nulls(published)),
         "README.md": readme_md(schema),
         # Where a login is kept beside the weights, it is no part of an image.
         ".dockerignore": "\n".join((".git", "**/__pycache__", f"{HUB}/token", f"{HUB}/stored_tokens", "")),
         ".gitignore": "\n".join(("__pycache__/", f"{HUB}/", f"{GRAPHS}/", "")),
     }
+
+
+def _text(document: Mapping[str, Any]) -> str:
+    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+
+
+def with_nulls(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The same document, in which null is a value of optional inputs as JSON Schema says it. Cog from 0.17 on checks
+    inputs by that, and knows nothing of `nullable`: it would refuse what clients send for "not given"."""
+    copied = deepcopy(dict(document))
+    for one in copied["components"]["schemas"]["Input"]["properties"].values():
+        if one.get("nullable"):
+            one["type"] = [one["type"], "null"]
+    return copied
 
 
 def predict_py(schema: Schema, hosting: Hosting) -> str:

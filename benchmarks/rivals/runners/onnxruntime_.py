@@ -25,7 +25,7 @@ class ONNXRuntime:
 
 def make(place: Path, case: dict[str, Any], options: set[str], cache: Path, threads: int) -> ONNXRuntime:
     """Convert what is not in the cache."""
-    import onnxruntime  # pyright: ignore[reportMissingImports]
+    import onnxruntime
     from safetensors.torch import load_file
 
     told, names = load_file(place / "inputs.safetensors"), names_of(case["kind"])
@@ -40,8 +40,8 @@ def make(place: Path, case: dict[str, Any], options: set[str], cache: Path, thre
             torch.onnx.export(wrapped(place, case["kind"]), tuple(read[0]), plain, input_names=names, dynamo=True,
                               external_data=True)  # fmt: skip
         if "int8" in options:
-            import onnx  # pyright: ignore[reportMissingImports]
-            from onnxruntime.quantization import QuantType, quantize_dynamic  # pyright: ignore[reportMissingImports]
+            import onnx
+            from onnxruntime.quantization import QuantType, quantize_dynamic
 
             # The exporter's shapes of what lies between contradict those that the quantizer infers.
             model = onnx.load(plain)
