@@ -177,7 +177,8 @@ class QuantizedLinear(nn.Module):
         """By a kernel, or weights come back to the dtype of x some rows at a time."""
         if self.scheme is FP8_STORAGE and kernels.on_card("fp8_storage_linear", x):
             return torch.ops.flux_kernels.fp8_storage_linear(x, self.weight, self.weight_scale, self.bias)
-        count = max(1, (WORK if x.is_cuda else BLOCK) // (2 * self.in_features))
+        item = 4 if x.dtype is torch.float16 else 2  # bytes that a number of the weight takes meanwhile
+        count = max(1, (WORK if x.is_cuda else BLOCK) // (item * self.in_features))
         parts = [self._block(x, slice(start, start + count)) for start in range(0, self.out_features, count)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
