@@ -50,6 +50,7 @@ EXTENTS: dict[str, dict[str, int]] = {"one": {}, "small": {"width": 512, "height
     [
         ("four", FLUX_SCHNELL, "none", "bfloat16"),
         ("one", SDXL, "none", "float16"),
+        ("one", FLUX_SCHNELL, "int8", "float16"),
         *(
             pytest.param(extent, spec, scheme, dtype, marks=pytest.mark.full)
             for extent in EXTENTS
