@@ -109,6 +109,28 @@ def test_group_norms(dtype: torch.dtype, size: tuple[int, ...]) -> None:
 
 
 @needs_kernels
+def test_what_is_of_another_dtype_is_converted_and_lives_until_it_is_read() -> None:
+    """As under autocast, where weights stay in float32. What is converted has no other name than its address."""
+    x = some(2, 320, 16, 17, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    weight, bias = some(2, 320, dtype=torch.float32)
+    close(ops.group_norm(x, 4, weight, bias, 1e-5), F.group_norm(x.double(), 4, weight.double(), bias.double()), 0.02)
+    q, k = some(2, 2, 3, 9, 64, dtype=torch.bfloat16)
+    weights, angle = some(2, 64, dtype=torch.float32), torch.randn(32, 9).T  # of strides that no kernel reads
+    for one, of, scale in zip(
+        ops.qk_norm_rotary(q, k, *weights, angle.cos(), angle.sin()), (q, k), weights, strict=True
+    ):
+        close(one, ops.apply_rotary(ops.rms_norm(of.float(), scale), angle.cos(), angle.sin()), 0.02)
+    tokens, update = some(2, 9, 64, dtype=torch.bfloat16), some(2, 9, 64, dtype=torch.float32)
+    gate = some(2, 1, 64, dtype=torch.float32)
+    close(ops.gated_residual(tokens, gate, update), tokens.double() + gate.double() * update.double(), 0.02)
+    product, shift = some(64, 128, dtype=torch.bfloat16), some(64, dtype=torch.float32)
+    wide, apart = some(2, 9, 128, dtype=torch.bfloat16), some(2, 64, 9, dtype=torch.float32).transpose(1, 2)
+    found = torch.ops.flux_cpu.bf16_linear(wide, product, shift, None, apart, gate).view(2, 9, 64)
+    linear = wide.double() @ product.double().T + shift.double()
+    close(found, apart.double() + gate.double() * linear, 0.02)
+
+
+@needs_kernels
 def test_silu_after_a_norm_has_the_digits_of_float32() -> None:
     """By itself: what it is given is the same norm without it. So the kernels' power of two is as exact as it says."""
     x = some(1, 64, 33, 9, dtype=torch.float32, mean=0.0).contiguous(memory_format=torch.channels_last)

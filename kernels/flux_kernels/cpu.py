@@ -141,9 +141,11 @@ def qk_norm_rotary(
     batch, heads, length, width = q.shape
     outs = [_by_tokens(q), _by_tokens(k)]
     strides = _strides(q, k, *outs)
+    # Each by a name: what is converted has to live until the call is over, and its address does not keep it.
+    q_weight, k_weight, cos, sin = q_weight.to(q), k_weight.to(q), cos.contiguous(), sin.contiguous()
     _library().flux_qk_norm_rotary(
-        *(q.data_ptr(), k.data_ptr(), strides, q_weight.to(q).data_ptr(), k_weight.to(k).data_ptr()),
-        *(cos.contiguous().data_ptr(), sin.contiguous().data_ptr(), outs[0].data_ptr(), outs[1].data_ptr()),
+        *(q.data_ptr(), k.data_ptr(), strides, q_weight.data_ptr(), k_weight.data_ptr()),
+        *(cos.data_ptr(), sin.data_ptr(), outs[0].data_ptr(), outs[1].data_ptr()),
         *(_wide(q), batch, heads, length, width, eps),
     )
     return outs[0], outs[1]
@@ -151,7 +153,7 @@ def qk_norm_rotary(
 
 def gated_residual(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
     """x + gate * update. x and update (B, L, D), gate (B, 1, D)."""
-    rows, updates = _rows(x), _rows(update)
+    rows, updates = _rows(x), _rows(update.to(x.dtype))
     gates, stride = _per_batch(gate, x)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     _library().flux_gated_residual(
@@ -164,10 +166,11 @@ def gated_residual(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
 def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
     """GroupNorm, and SiLU behind it. x (B, C, h, w), channels last in memory, as is the result."""
     x = x.contiguous(memory_format=torch.channels_last)
+    weight, bias = weight.to(x), bias.to(x)
     b, c, h, w = x.shape
     out = torch.empty_like(x)
     _library().flux_group_norm(
-        *(x.data_ptr(), groups, weight.to(x).data_ptr(), bias.to(x).data_ptr(), int(silu), out.data_ptr()),
+        *(x.data_ptr(), groups, weight.data_ptr(), bias.data_ptr(), int(silu), out.data_ptr()),
         *(_wide(x), b, c, h * w, eps),
     )
     return out
@@ -199,10 +202,10 @@ def int8_linear(
     """values (M, K) with scales (M,) times weight (N, K) with weight_scale (N,), plus bias (N,); GELU (tanh) of the
     columns from `gelu_from` on; times gate (B, 1, N), plus residual (B, L, N) -> (M, N). K is a multiple of 4."""
     out = values.new_empty((len(values), len(weight)), dtype=dtype)
-    after = (*_after(out, bias, gelu_from, residual, gate), int(dtype is torch.float32))
+    after, _alive = _after(out, bias, gelu_from, residual, gate)
     _library().flux_int8_linear(
         *(values.data_ptr(), values.stride(0), scales.data_ptr(), weight.data_ptr(), weight.stride(0)),
-        *(weight_scale.data_ptr(), *after, len(values), *weight.shape),
+        *(weight_scale.data_ptr(), *after, int(dtype is torch.float32), len(values), *weight.shape),
     )
     return out
 
@@ -218,7 +221,7 @@ def bf16_linear(
     """The same of x (..., K) and weight (N, K) in bfloat16 -> (M, N). K is even."""
     rows = _rows(x)
     out = x.new_empty(len(rows), len(weight))
-    after = _after(out, bias, gelu_from, residual, gate)
+    after, _alive = _after(out, bias, gelu_from, residual, gate)
     _library().flux_bf16_linear(
         *(rows.data_ptr(), rows.stride(0), weight.data_ptr(), weight.stride(0), *after, len(rows), *weight.shape)
     )
@@ -227,18 +230,20 @@ def bf16_linear(
 
 def _after(
     out: Tensor, bias: Tensor | None, gelu_from: int | None, residual: Tensor | None, gate: Tensor | None
-) -> tuple[object, ...]:
-    """The arguments of what is done to a product."""
+) -> tuple[tuple[object, ...], tuple[Tensor | None, ...]]:
+    """The arguments of what is done to a product, and the tensors whose addresses they are: these have to live until
+    the call is over."""
     if bias is not None and bias.dtype not in (torch.float32, out.dtype):
         bias = bias.to(out.dtype)
-    rows = None if residual is None else _rows(residual)
+    rows = None if residual is None else _rows(residual.to(out.dtype))
     tokens = 1 if residual is None else residual.shape[-2]
-    gates, stride = (None, 0) if residual is None else _per_batch(gate, residual)
-    return (
+    gates, stride = (None, 0) if residual is None else _per_batch(gate, out)
+    arguments = (
         *(_at(bias), int(bias is not None and bias.dtype is torch.float32)),
         out.shape[1] if gelu_from is None else gelu_from,
         *(_at(rows), 0 if rows is None else rows.stride(0), _at(gates), stride, tokens, out.data_ptr(), out.stride(0)),
     )
+    return arguments, (bias, rows, gates)
 
 
 def _rows(x: Tensor) -> Tensor:
