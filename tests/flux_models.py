@@ -24,7 +24,8 @@ def spec_of(reads: str) -> FluxSpec:
     sizes = replace(base.sizes, divisor=4, min_side=32, max_side=512, max_pixels=512 * 512)
     params = replace(DEMO_DEV.transformer, in_channels=base.transformer.in_channels)
     told = {"max_sequence_length": DEMO_DEV.max_sequence_length, "num_inference_steps": 4, "guidance_scale": 3.5}
-    return replace(base, name=f"small-{reads}", transformer=params, vae=DEMO_DEV.vae, sizes=sizes, **told)
+    parts = {"transformer": params, "vae": DEMO_DEV.vae, "encoders": DEMO_DEV.encoders}
+    return replace(base, name=f"small-{reads}", sizes=sizes, **parts, **told)
 
 
 def engine_of(reads: str, demo: Engine) -> Engine:

@@ -242,7 +242,7 @@ def test_examples_are_requests_of_the_model(model: str) -> None:
 def test_both_precisions_are_warmed_up(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = flux_engine.load("demo-dev", device="cpu", quantization="both")
     run, ran = engine.run, list[bool | None]()
-    monkeypatch.setattr(engine, "run", lambda request: (ran.append(request.go_fast), run(request)))
+    monkeypatch.setattr(engine, "run", lambda request, **how: (ran.append(request.go_fast), run(request, **how)))
     engine.warm_up()
     assert ran == [None, None, False, False]
 

@@ -42,6 +42,7 @@ from flux_engine import (
     RequestCancelled,
     UnknownModel,
     UnsupportedError,
+    files,
     guarded,
 )
 from flux_engine.predictor import predictor as module
@@ -574,7 +575,7 @@ def test_what_fails_leaves_no_files(speak: Speak, monkeypatch: pytest.MonkeyPatc
         written.append(path)
         path.write_bytes(content)
 
-    monkeypatch.setattr(module.files, "write", write)
+    monkeypatch.setattr(files, "write", write)
     with pytest.raises(HostCancels):
         run(predictor, **asked)
     assert written[0].name == "control-0.png"

@@ -271,9 +271,9 @@ def test_presets_have_the_published_defaults() -> None:
     wanted = {
         "sdxl": (50, 7.5, "K_EULER", "leading", "1"),
         "sdxl-turbo": (1, None, "K_EULER_ANCESTRAL", "trailing", "0.25"),
-        "sdxl-lightning-2step": (2, None, "K_EULER", "trailing", "1"),
-        "sdxl-lightning-4step": (4, None, "K_EULER", "trailing", "1"),
-        "sdxl-lightning-8step": (8, None, "K_EULER", "trailing", "1"),
+        "sdxl-lightning-2step": (2, 1.0, "K_EULER", "trailing", "1"),
+        "sdxl-lightning-4step": (4, 1.0, "K_EULER", "trailing", "1"),
+        "sdxl-lightning-8step": (8, 1.0, "K_EULER", "trailing", "1"),
         "sdxl-lcm": (4, 8.0, "LCM", "leading", "1"),
     }
     for name, values in wanted.items():
