@@ -40,7 +40,7 @@ def make(place: Path, case: dict[str, Any], options: set[str], cache: Path, thre
             torch.onnx.export(wrapped(place, case["kind"]), tuple(read[0]), plain, input_names=names, dynamo=True,
                               external_data=True)  # fmt: skip
         if "int8" in options:
-            import onnx
+            import onnx  # pyright: ignore[reportMissingImports]
             from onnxruntime.quantization import QuantType, quantize_dynamic
 
             # The exporter's shapes of what lies between contradict those that the quantizer infers.
