@@ -252,6 +252,7 @@ def test_for_people(small: None, capsys: pytest.CaptureFixture[str]) -> None:
         assert said in out
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("sweep", SWEEPS)
 def test_sweeps(sweep: str, small: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flux_engine.bench.runs.SWEEPS", {"batch": (1, 2), "size": (128, 256), "steps": (1, 2)})

@@ -153,6 +153,7 @@ def test_import_changes_nothing() -> None:
     assert run(code) == "True"
 
 
+@pytest.mark.full
 def test_the_collector_is_paused_only_while_importing() -> None:
     for before in ("enable", "disable"):
         code = f"import gc, flux_engine; gc.{before}(); flux_engine.load; print(gc.isenabled())"

@@ -82,6 +82,7 @@ def test_a_seam_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.full
 @pytest.mark.parametrize(("way", "whole", "rows"), [("decode", 1611e6, 857e6), ("encode", 1342e6, 604e6)])
 def test_half_the_memory_at_the_true_size(way: str, whole: float, rows: float) -> None:
     """FLUX's autoencoder, 1024 px, bfloat16: bytes beside the weights, counted by a dry run."""
