@@ -207,7 +207,7 @@ def test_where_the_library_came_from_is_kept(monkeypatch: pytest.MonkeyPatch, tm
     [
         (["flux-schnel"], "did you mean 'flux-schnell'"),
         (["flux-dev", "--model", "demo-dex"], "did you mean 'demo-dev'"),
-        (["flux-dev", "--lora", "demo-dev-haze"], "no input for the strength of a LoRA"),
+        (["flux-dev", "--lora", "demo-dev-haze"], "takes no LoRA"),
         (["flux-dev", "--quantization", "int3"], "int3"),
         (["flux-dev", "--model", "demo-dev", "--model", "demo-schnell"], "takes it once"),
         (["flux-finetune", "--model", "dev=demo-dev", "--model", "x=demo-dev"], "dev=MODEL"),

@@ -181,7 +181,7 @@ def test_a_fine_tunes_own_lora(speak: Callable[..., Predictor], folder: Path) ->
     assert draw(tuned, **small, lora_scale=0.5) == draw(other, lora_weights=a, lora_scale=0.5)
     assert draw(tuned, **small, extra_lora=c) == draw(other, lora_weights=a, extra_lora=c)
     assert draw(tuned, **small, replicate_weights=b) == draw(other, lora_weights=b)
-    with pytest.raises(InvalidRequest, match="no input for the strength of a LoRA"):
+    with pytest.raises(InvalidRequest, match="takes no LoRA"):
         Predictor("flux-dev", model="demo-dev", lora=a)
 
 

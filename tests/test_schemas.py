@@ -19,7 +19,7 @@ from flux_engine.replicate.schemas import SCHEMAS, find_schema
 from flux_engine.specs import SCHEDULERS
 
 REQUIRED = object()
-NO_URL = "Input should be a URL or a data URI, as a string"
+NO_URL = "Input should be a URL or a data URI, as a string, or a path object or an open file"
 MULTI = "sdxl-multi-controlnet-lora"
 RATIOS = ["1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3", "9:16", "9:21"]
 FORMATS = ["webp", "jpg", "png"]
@@ -489,7 +489,22 @@ def test_bad_input_is_refused(schema: str, given: dict[str, Any], name: str, mes
 def test_what_another_schema_takes_is_refused() -> None:
     ((name, message),) = refusal(SCHEMAS["flux-redux-dev"], {"redux_image": "a", "prompt": "x"})
     assert name == "prompt"
-    assert message.startswith("Extra inputs are not permitted: flux-redux-dev takes redux_image, aspect_ratio, ")
+    assert message.startswith("Extra inputs are not permitted. flux-redux-dev takes redux_image, aspect_ratio, ")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("num_output", "; did you mean 'num_outputs'?"),
+        ("strength", "; here it is 'prompt_strength'."),
+        ("guidance_scale", "; here it is 'guidance'."),
+        ("zzz", "."),
+    ],
+)
+def test_what_an_unknown_input_may_have_meant(name: str, said: str) -> None:
+    ((found, message),) = refusal(SCHEMAS["flux-dev"], {"prompt": "x", name: 1})
+    assert found == name
+    assert message.startswith(f"Extra inputs are not permitted{said} flux-dev takes prompt, ")
 
 
 @pytest.mark.parametrize(

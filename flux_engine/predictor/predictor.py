@@ -120,7 +120,8 @@ class Predictor:
             refer(name)
         self.lora = None if lora is None else refer(lora, self.schema.bare)
         if self.lora is not None and not self.schema.loras:
-            raise InvalidRequest(f"{schema} has no input for the strength of a LoRA: give none", field="lora")
+            takers = "flux-dev-lora, flux-schnell-lora, flux-finetune and sdxl"
+            raise InvalidRequest(f"{schema} takes no LoRA: {takers} are among the schemas that do", field="lora")
         if compat not in (None, "published"):
             raise InvalidRequest(f"compat {compat!r} is neither 'published' nor None", field="compat")
         self.local_files = local_files

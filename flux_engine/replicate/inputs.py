@@ -49,7 +49,9 @@ DISABLE_SAFETY_CHECKER = Input(
     description="Return pictures without looking at what they show",
 )
 LORA_WEIGHTS = Input(
-    name="lora_weights", type="string", description="LoRA to apply: a name on Replicate or Hugging Face, or an address"
+    name="lora_weights",
+    type="string",
+    description="LoRA to apply: a name on Replicate or Hugging Face, one that ships, or an address",
 )
 LORA_SCALE = Input(name="lora_scale", type="number", default=1, ge=-1, le=3, description="Strength of the LoRA")
 EXTRA_LORA = replace(LORA_WEIGHTS, name="extra_lora", description="Another LoRA to apply beside the first")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from flux_engine.errors import InvalidRequest
+from flux_engine.errors import InvalidRequest, did_you_mean
 from flux_engine.references import Bare
 
 SHOWN = 100
@@ -102,7 +102,7 @@ def _picture(value: Any) -> Any:
         raise Refusal("url_parsing", "Input should be a valid URL, input is empty")
     if isinstance(value, str | os.PathLike) or callable(getattr(value, "read", None)):
         return value
-    raise Refusal("url_type", "Input should be a URL or a data URI, as a string")
+    raise Refusal("url_type", "Input should be a URL or a data URI, as a string, or a path object or an open file")
 
 
 TRUTHS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False, "on": True, "off": False}
@@ -311,11 +311,19 @@ class Schema:
         known = [one.name for one in self.inputs]
         for name in given:
             if name not in known:
-                message = f"Extra inputs are not permitted: {self.name} takes {', '.join(known)}"
+                near = self._meant(name, known)
+                message = f"Extra inputs are not permitted{near} {self.name} takes {', '.join(known)}"
                 problems[name] = Refusal("extra_forbidden", message)
         if problems:
             raise InvalidInput(problems)
         return values
+
+    def _meant(self, name: object, known: list[str]) -> str:
+        """What an unknown name may have meant: also a name that the library has for the same thing."""
+        same = next((one.name for one in self.inputs if one.field == name), None)
+        if same is None:
+            return did_you_mean(str(name)[:SHOWN], known)
+        return f"; here it is {same!r}."
 
     def openapi(self) -> dict[str, Any]:
         """The whole OpenAPI document of a server with this schema."""

@@ -1,4 +1,4 @@
-"""The published schemas of SDXL models. They take no output format: files are png."""
+"""The published schemas of SDXL models. They take no output format: files are png, of Turbo jpg."""
 
 from __future__ import annotations
 
