@@ -56,6 +56,7 @@ def test_no_answer_is_the_servers_fault(tmp_path: Path) -> None:
         schema.config.update(base_url=f"http://127.0.0.1:{server.port}")
         operation = schema["/predictions"]["POST"]
         answers: Counter[str] = Counter()
+        failed: list[Any] = []
 
         def send(case: schemathesis.Case) -> None:
             case.body = cheaper(case.body, properties)
@@ -63,6 +64,9 @@ def test_no_answer_is_the_servers_fault(tmp_path: Path) -> None:
             answer = case.call(timeout=120)
             said = answer.json() if answer.status_code == 200 else {}
             answers[said.get("status", str(answer.status_code))] += 1
+            # Of a prompt that says nothing the model may draw what its checker flags.
+            if said.get("status") == "failed" and "All generated images contained NSFW" not in said["error"]:
+                failed.append((case.body, said["error"]))
             assert answer.status_code < 500, (answer.status_code, answer.text)
             assert answer.status_code in (200, 400, 413, 415, 422), (answer.status_code, answer.text)
             assert said.get("status") in (None, "succeeded", "failed"), said
@@ -83,4 +87,4 @@ def test_no_answer_is_the_servers_fault(tmp_path: Path) -> None:
         log.info("answers: %s", dict(answers))
         # The inputs that the schema allows are predicted, and others are refused.
         assert answers["succeeded"] >= EXAMPLES / 4 and answers["422"] >= EXAMPLES / 4, answers
-        assert not answers["failed"], answers
+        assert not failed, failed
