@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import TypeVar
 
-from flux_engine.errors import InvalidRequest
+from flux_engine.errors import InvalidRequest, did_you_mean
 
+Kind = TypeVar("Kind")
 MAX_PROMPT_CHARACTERS = 100_000
 MAX_SIDE_TOLD = 65_536
 
@@ -75,3 +78,24 @@ def number(name: str, value: object, low: float, high: float, *, field: str | No
     if not math.isfinite(found) or not low <= found <= high:
         raise InvalidRequest(f"{name} {found} is outside {low:g} to {high:g}", field=field or name)
     return found
+
+
+def named_options(
+    text: str, kinds: Mapping[str, type[Kind]], field: str, noun: str, more: str = ""
+) -> tuple[type[Kind], dict[str, str]]:
+    """ "NAME:KEY=VALUE,KEY=VALUE" -> the dataclass of that name, and values of its fields as texts.
+
+    `noun` is what has such a name, `more` what its list of known ones ends with. Raises InvalidRequest."""
+    name, colon, said = text.partition(":")
+    if name not in kinds:
+        near = did_you_mean(name, kinds)
+        raise InvalidRequest(f"no {noun} {shown(name)}{near} Known: {', '.join(kinds)}{more}", field=field)
+    known = [one.name for one in fields(kinds[name])]  # pyright: ignore[reportArgumentType]
+    options: dict[str, str] = {}
+    for one in said.split(",") if colon else []:
+        key, equals, value = one.partition("=")
+        if not equals or key not in known or key in options:
+            message = f"{field} {name}: {shown(one)} is not KEY=VALUE, each once, of {', '.join(known)}"
+            raise InvalidRequest(message, field=field)
+        options[key] = value
+    return kinds[name], options

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from flux_engine.checks import integer, number, shown
-from flux_engine.errors import InvalidRequest, did_you_mean
+from flux_engine.checks import integer, named_options, number, shown
+from flux_engine.errors import InvalidRequest
 from flux_engine.specs import ModelSpec, SDXLSpec
 
 MOST_CALLS = 1_000
@@ -124,23 +124,8 @@ def _text(cache: StepCache) -> str:
 
 
 def _parsed(text: str) -> StepCache:
-    name, colon, said = text.partition(":")
-    if name not in CACHES:
-        raise InvalidRequest(
-            f"no step_cache {shown(name)}{did_you_mean(name, CACHES)} Known: {', '.join(CACHES)}", field="step_cache"
-        )
-    kind = CACHES[name]
-    known = [field.name for field in fields(kind)]
-    options: dict[str, Any] = {}
-    for one in said.split(",") if colon else []:
-        key, equals, value = one.partition("=")
-        if not equals or key not in known or key in options:
-            raise InvalidRequest(
-                f"step_cache {name}: {shown(one)} is not KEY=VALUE, each once, of {', '.join(known)}",
-                field="step_cache",
-            )
-        options[key] = _number(value)
-    return kind(**options)
+    kind, said = named_options(text, CACHES, "step_cache", "step_cache")
+    return kind(**{key: _number(value) for key, value in said.items()})  # pyright: ignore[reportArgumentType]
 
 
 def _number(text: str) -> int | float | str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
-from flux_engine.checks import number, shown
-from flux_engine.errors import InvalidRequest, did_you_mean
+from flux_engine.checks import named_options, number, shown
+from flux_engine.errors import InvalidRequest
 
 
 @dataclass(frozen=True)
@@ -78,23 +78,11 @@ OPTIONS: dict[str, type[Options]] = {kind.name: kind for kind in (Published, Com
 
 def parsed(text: str) -> Options:
     """ "opennsfw:threshold=0.8" -> what it says. Raises InvalidRequest."""
-    name, colon, said = text.partition(":")
-    if name not in OPTIONS:
-        raise InvalidRequest(
-            f"no safety checker {shown(name)}{did_you_mean(name, OPTIONS)} Known: {', '.join(OPTIONS)}; None for none",
-            field="safety",
-        )
-    kind = OPTIONS[name]
-    known = [one.name for one in fields(kind)]
+    kind, said = named_options(text, OPTIONS, "safety", "safety checker", "; None for none")
     options: dict[str, Any] = {}
-    for one in said.split(",") if colon else []:
-        key, equals, value = one.partition("=")
-        if not equals or key not in known or key in options:
-            raise InvalidRequest(
-                f"safety {name}: {shown(one)} is not KEY=VALUE, each once, of {', '.join(known)}", field="safety"
-            )
+    for key, value in said.items():
         try:
             options[key] = float(value)
         except ValueError:
-            raise InvalidRequest(f"safety {name}: {key} {shown(value)} is not a number", field="safety") from None
+            raise InvalidRequest(f"safety {kind.name}: {key} {shown(value)} is not a number", field="safety") from None
     return kind(**options)
