@@ -84,7 +84,7 @@ def test_it_changes_the_picture(speak: Speak, monkeypatch: pytest.MonkeyPatch) -
     predictor, said = speak("flux-dev"), least("flux-dev") | {"megapixels": "0.25", "num_inference_steps": 10}
     with_image = said | {"image": photo_content, "prompt_strength": 0.8}
     plain = [predictor.predict(**one)[0].read_bytes() for one in (said, with_image)]  # type: ignore[index]
-    monkeypatch.setattr(predictor, "compat", "published")
+    monkeypatch.setattr(predictor.reader, "compat", "published")
     compat = [predictor.predict(**one)[0].read_bytes() for one in (said, with_image)]  # type: ignore[index]
     assert plain[0] == compat[0]
     assert plain[1] != compat[1]
@@ -119,8 +119,9 @@ def test_validate_fetches_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert code == 0
     resolved = answer["resolved"]
     assert (resolved["width"], resolved["height"], resolved["unread"]) == (None, None, ["image"])
-    ((name, scale),) = resolved["loras"]
-    assert "owner/name" in name and scale == 1
+    (lora,) = resolved["loras"]
+    assert "owner/name" in lora.pop("meaning")
+    assert lora == {"input": "replicate_weights", "kind": "replicate", "name": "owner/name", "scale": 1}
 
 
 def test_validate_tells_no_secret(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

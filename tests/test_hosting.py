@@ -171,7 +171,9 @@ def test_requirements_are_exact(tmp_path: Path) -> None:
     assert not any("+" in line for line in pins()[1:])  # a build of torch that only this machine has
 
 
-def test_where_the_library_came_from_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_where_the_library_came_from_is_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from importlib import metadata
 
     real = metadata.distribution
@@ -194,11 +196,17 @@ def test_where_the_library_came_from_is_kept(monkeypatch: pytest.MonkeyPatch, tm
             {"url": "https://x.org/f", "vcs_info": {"vcs": "git", "commit_id": "abc"}},
             "flux-engine @ git+https://x.org/f@abc",
         ),
+        ({"url": "file:///somewhere", "vcs_info": {"vcs": "git", "commit_id": "abc"}}, "flux-engine==1.2.3"),
     ):
         found = Installed(said)
         monkeypatch.setattr(metadata, "distribution", lambda n, f=found: f if n == "flux-engine" else real(n))
         assert pins()[0] == line
-    assert main(["cog", "init", "flux-dev", str(tmp_path / "x"), "--requirement", "flux-engine @ https://y.org/g"]) == 0
+        assert main(["cog", "init", "flux-dev", str(tmp_path / "x"), "--force"]) == 0
+        assert ("say --requirement" in capsys.readouterr().err) == (
+            said is not None and said["url"].startswith("file:")
+        )
+    there = ["--force", "--requirement", "flux-engine @ https://y.org/g"]
+    assert main(["cog", "init", "flux-dev", str(tmp_path / "x"), *there]) == 0
     assert (tmp_path / "x" / "requirements.txt").read_text().startswith("flux-engine @ https://y.org/g\n")
 
 

@@ -206,6 +206,23 @@ def test_unknown_names() -> None:
         Predictor("flux-schnell", model="nothing")
 
 
+def test_a_model_is_no_schema() -> None:
+    with pytest.raises(
+        UnknownSchema, match=r"'demo-dev' is a model and no schema: Predictor\(SCHEMA, model='demo-dev'"
+    ):
+        Predictor("demo-dev")
+
+
+def test_a_model_of_another_family_is_remarked(tmp_path: Path) -> None:
+    lines: list[str] = []
+    predictor = Predictor("flux-dev", model="demo-sdxl", device="cpu", output_dir=tmp_path, say=lines.append)
+    remark = "flux-dev is published for flux models, and demo-sdxl is one of sdxl"
+    assert predictor.resolve({"prompt": "x"})["notes"][0] == remark
+    predictor.setup()
+    assert lines == [remark]
+    assert Predictor("sdxl", model="demo-sdxl").resolve({"prompt": "x"})["notes"][0] != remark
+
+
 def test_setup_happens_on_the_first_prediction(tmp_path: Path) -> None:
     predictor = Predictor("flux-schnell", model="demo-schnell", output_dir=tmp_path / "deep" / "er", say=lambda _: None)
     assert predictor.predict(prompt="x", num_inference_steps=1)[0].parent.parent == tmp_path / "deep" / "er"
@@ -222,7 +239,9 @@ def test_go_fast_chooses_the_precision(tmp_path: Path) -> None:
     other = Predictor("flux-schnell", model="demo-schnell", device="cpu", output_dir=tmp_path, say=lines.append)
     assert [Path(p).read_bytes() for p in other.predict(go_fast=False, **asked)] == slow
     assert not [line for line in lines if line.startswith("go_fast")]
-    other.predict(**asked)  # the schema's default is true
+    other.predict(**asked)  # the schema's default is true, but nobody asked
+    assert not [line for line in lines if line.startswith("go_fast")]
+    other.predict(go_fast=True, **asked)
     assert "go_fast: no weights of 8 bits are loaded, demo-schnell ran in full precision" in lines
 
 

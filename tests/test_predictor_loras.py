@@ -220,7 +220,7 @@ def test_a_fine_tune_draws_with_the_model_that_is_chosen(speak: Callable[..., Pr
         Predictor("flux-finetune", model={"pro": "demo-dev"})
     with pytest.raises(InvalidRequest, match="takes one model"):
         Predictor("flux-dev", model={"dev": "demo-dev"})
-    assert Predictor("flux-finetune").models == {"dev": "flux-dev", "schnell": "flux-schnell"}
+    assert Predictor("flux-finetune").reader.models == {"dev": "flux-dev", "schnell": "flux-schnell"}
 
 
 def test_sizes_of_a_fine_tune(tmp_path: Path) -> None:

@@ -347,7 +347,7 @@ def test_every_form_of_a_picture(speak: Speak, tmp_path: Path, monkeypatch: pyte
         url,
     ]
     made = {last(speak("flux-canny-dev"), control_image=form, megapixels="0.25") for form in forms}
-    monkeypatch.setattr(speak("flux-canny-dev"), "local_files", True)
+    monkeypatch.setattr(speak("flux-canny-dev").reader, "local_files", True)
     made.add(last(speak("flux-canny-dev"), control_image=str(path), megapixels="0.25"))
     assert len(made) == 1
     assert fetched == [url]  # once, although it gives the size as well
@@ -461,10 +461,10 @@ def test_what_is_loaded(fresh: Callable[..., tuple[Predictor, list[str]]], publi
     models |= {"flux-finetune": "flux-dev", "sdxl-lcm": "sdxl"}
     for schema, predictor in found.items():
         assert predictor.model == predictor.spec.name == models.get(schema, schema)
-        assert predictor.redux == ("flux-redux-dev" if "redux" in schema else None)
-        assert predictor.refiner == ("sdxl-refiner" if schema in ("sdxl", MULTI) else None)
-    assert found["sdxl-controlnet"].controlnets == ("sdxl-controlnet-canny",)
-    assert found[MULTI].controlnets == tuple(CONTROLNETS)
+        assert predictor.reader.redux == ("flux-redux-dev" if "redux" in schema else None)
+        assert predictor.reader.refiner == ("sdxl-refiner" if schema in ("sdxl", MULTI) else None)
+    assert found["sdxl-controlnet"].reader.controlnets == ("sdxl-controlnet-canny",)
+    assert found[MULTI].reader.controlnets == tuple(CONTROLNETS)
     assert found[MULTI].spec.controls == (
         "canny",
         "depth",
@@ -475,7 +475,7 @@ def test_what_is_loaded(fresh: Callable[..., tuple[Predictor, list[str]]], publi
     )
     (published / "manifests" / "mine.toml").write_text((published / "manifests" / "sdxl.toml").read_text())
     other = fresh(MULTI, model="mine")[0]
-    assert other.refiner is None
+    assert other.reader.refiner is None
     assert other.spec.controls == found[MULTI].spec.controls  # by kind
     with pytest.raises(InvalidInput) as caught:
         run(other, refine="base_image_refiner")
@@ -606,7 +606,8 @@ def test_what_is_not_in_force_is_said(speak: Speak, lines: list[str]) -> None:
         run(speak(schema), **inputs)
         return {line.partition(":")[0] for line in lines} & {"go_fast", "safety", "apply_watermark"}
 
-    assert said("flux-dev") == {"go_fast", "safety"}
+    assert said("flux-dev") == {"safety"}
+    assert said("flux-dev", go_fast=True) == {"go_fast", "safety"}
     assert said("flux-dev", go_fast=False, disable_safety_checker=True) == set()
     assert said("flux-canny-dev") == {"safety"}
     assert said("sdxl") == {"safety", "apply_watermark"}

@@ -134,8 +134,9 @@ def test_public_names_are_listed_and_there() -> None:
         _ = flux_engine.nonsense
 
 
-def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+def run(code: str, sent: str = "") -> str:
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, input=sent, capture_output=True, text=True, check=True, timeout=120)
     return done.stdout.strip()
 
 
@@ -143,6 +144,15 @@ def test_import_is_light() -> None:
     heavy = ("torch", "transformers", "diffusers", "triton", "numpy", "PIL")
     code = f"import flux_engine, sys; print([m for m in {heavy!r} if m in sys.modules])"
     assert run(code) == "[]"
+
+
+def test_what_inputs_mean_is_told_without_torch() -> None:
+    code = (
+        "import sys; from flux_engine.cli import main;"
+        "assert main(['validate', 'flux-dev', '--model', 'demo-dev']) == 0;"
+        "print([m for m in ('torch', 'transformers', 'diffusers') if m in sys.modules])"
+    )
+    assert run(code, sent='{"prompt": "x"}').endswith("[]")
 
 
 def test_import_changes_nothing() -> None:

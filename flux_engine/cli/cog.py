@@ -14,8 +14,9 @@ from flux_engine.cli.output import show, tell
 from flux_engine.cli.published import NAMES
 from flux_engine.config import QUANTIZATIONS, EngineConfig
 from flux_engine.errors import InvalidRequest, OutputError
+from flux_engine.predictor.reading import reader
 from flux_engine.replicate.hosting import CUDA, Hosting, generate
-from flux_engine.replicate.pinned import pins, python
+from flux_engine.replicate.pinned import from_here, pins, python
 from flux_engine.replicate.schema import Schema
 from flux_engine.replicate.schemas import find_schema
 from flux_engine.specs import SDXLSpec
@@ -53,13 +54,16 @@ def add(commands: Any) -> None:
 def _init(args: argparse.Namespace) -> None:
     schema = find_schema(args.name)
     models = _models(schema, args.model)
-    EngineConfig.from_environment(quantization=args.quantization)
-    _check(schema, models, args.lora, args.quantization)
+    # Refuse now what the hosted model would be refused when it starts.
+    config = EngineConfig.from_environment(quantization=args.quantization)
+    read = reader(schema.name, model=models, lora=args.lora, config=config)
     # diffusers has the schedulers of SDXL; control pictures have packages of their own.
-    also = ["diffusers"] if isinstance(hub.spec_of(_published(schema), hub.manifests()), SDXLSpec) else []
+    also = ["diffusers"] if isinstance(read.published(read.first), SDXLSpec) else []
     lines = pins(extras=["preprocess"] if schema.steering else [], also=also)
     if args.requirement:
         lines[0] = args.requirement
+    elif from_here():
+        tell(f"{lines[0]} is asked for where the image is built; if it is not to be had there, say --requirement")
     hosting = Hosting(
         models=models,
         lora=args.lora,
@@ -78,10 +82,6 @@ def _init(args: argparse.Namespace) -> None:
             tell(f"{model} is a path: where the model is hosted it has to lead to the same weights")
 
 
-def _published(schema: Schema) -> str:
-    return next(iter(schema.models.values()), "") or schema.model or schema.name
-
-
 def _models(schema: Schema, said: list[str]) -> Mapping[str, str] | str | None:
     """What --model says, as `Predictor(model=)`. Raises InvalidRequest for what does not go together."""
     split = {text.partition("=")[0]: text.partition("=")[2] for text in said}
@@ -91,13 +91,6 @@ def _models(schema: Schema, said: list[str]) -> Mapping[str, str] | str | None:
         choices = f" as {'=MODEL, '.join(schema.models)}=MODEL" if schema.models else " once"
         raise InvalidRequest(f"--model {said[1]!r}: {schema.name} takes it{choices}", field="model")
     return said[0] if said else None
-
-
-def _check(schema: Schema, models: Mapping[str, str] | str | None, lora: str | None, quantization: str | None) -> None:
-    """Refuse now what the hosted model would be refused when it starts."""
-    from flux_engine.predictor import Predictor  # seconds, for torch
-
-    Predictor(schema.name, model=models, lora=lora, quantization=quantization)
 
 
 def write_folder(folder: Path, texts: Mapping[str, str], *, force: bool = False) -> None:

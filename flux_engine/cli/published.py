@@ -9,7 +9,9 @@ import sys
 from typing import Any
 
 from flux_engine.cli.output import show
+from flux_engine.config import EngineConfig
 from flux_engine.errors import InvalidRequest
+from flux_engine.predictor.reading import Reader, reader
 from flux_engine.replicate.documentation import markdown, page
 from flux_engine.replicate.schema import InvalidInput, Schema
 from flux_engine.replicate.schemas import AS_OF, SCHEMAS, find_schema
@@ -72,29 +74,27 @@ def _table(schema: Schema) -> None:
 
 
 def _validate(args: argparse.Namespace) -> int:
-    from flux_engine.predictor import Predictor
-
-    predictor = Predictor(args.name, model=args.model, compat=args.compat)
+    read = reader(args.name, model=args.model, compat=args.compat, config=EngineConfig.from_environment())
     # Bytes that are no UTF-8 come as marks, and are refused like any other text that is no JSON.
     sent = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", errors="replace")
     texts = (line for line in sent if line.strip()) if args.jsonl else iter([sent.read()])
     right = True
     for text in texts:
-        answer = _answer(predictor, text)
+        answer = _answer(read, text)
         right &= answer["ok"]
         show(json.dumps(answer, ensure_ascii=False))
         sys.stdout.flush()
     return 0 if right else REFUSED
 
 
-def _answer(predictor: Any, text: str) -> dict[str, Any]:
+def _answer(read: Reader, text: str) -> dict[str, Any]:
     try:
         inputs = json.loads(text)
     except (ValueError, RecursionError) as error:
         message = f"JSON decode error: {error}"
         return {"ok": False, "detail": [{"type": "json_invalid", "loc": ["body"], "msg": message}]}
     try:
-        return {"ok": True, "resolved": predictor.resolve(inputs)}
+        return {"ok": True, "resolved": read.resolve(inputs)}
     except InvalidInput as error:
         return {"ok": False, "detail": error.detail}
     except InvalidRequest as error:

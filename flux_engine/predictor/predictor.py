@@ -10,34 +10,30 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from flux_engine import hub
-from flux_engine.addons import ControlNets, Named, controlnet_specs
-from flux_engine.assemble import find_model
+from flux_engine.addons import ControlNets, Named
 from flux_engine.config import EngineConfig
 from flux_engine.engine import Engine
-from flux_engine.errors import InvalidRequest, OutputError
+from flux_engine.errors import OutputError
 from flux_engine.inputs.loras import LoRA
 from flux_engine.loading import load
-from flux_engine.lora.finding import Found, finder, refer
+from flux_engine.lora.finding import Found, finder
 from flux_engine.pipeline import Step
 from flux_engine.plan import said
-from flux_engine.predictor.compat import Compat, as_published, scaled_as_published, seed_of
+from flux_engine.predictor.compat import Compat, scaled_as_published
+from flux_engine.predictor.reading import AUTO, Auto, reader
 from flux_engine.predictor.screening import not_in_force, screened
-from flux_engine.predictor.translation import Translated, Wanted, translate
-from flux_engine.predictor.writing import names_of, write
+from flux_engine.predictor.translation import Wanted
+from flux_engine.predictor.writing import write
 from flux_engine.provenance import Signer
-from flux_engine.replicate.schema import SHOWN, Input, InvalidInput, Schema
-from flux_engine.replicate.schemas import find_schema
-from flux_engine.request import Job, Request
+from flux_engine.request import Request
 from flux_engine.result import Result
 from flux_engine.safety.finding import find_checker
 from flux_engine.safety.guarding import Checker, PromptHook
 from flux_engine.safety.options import Options, parsed
-from flux_engine.specs import FluxSpec, ModelSpec, refined
+from flux_engine.specs import ModelSpec
 
-AUTO = "auto"
 BAR = 10
 TOKENS = {"hf_token": "hf_api_token", "civitai_api_token": "civitai_api_token"}
 """Field of EngineConfig -> the input that stands in for it."""
@@ -62,17 +58,17 @@ class Predictor:
         *,
         model: Named | Mapping[str, Named] | None = None,
         lora: Named | None = None,
-        controlnets: ControlNets | Literal["auto"] = "auto",
-        redux: Named | Literal["auto"] | None = "auto",
-        refiner: Named | Literal["auto"] | None = "auto",
-        base_loras: Sequence[Named] | Literal["auto"] = "auto",
+        controlnets: ControlNets | Auto = AUTO,
+        redux: Named | Auto | None = AUTO,
+        refiner: Named | Auto | None = AUTO,
+        base_loras: Sequence[Named] | Auto = AUTO,
         device: str | None = None,
         dtype: str | None = None,
         quantization: str | None = None,
         memory: str | int | None = None,
         compile: str | None = None,
         compile_cache: str | os.PathLike[str] | None = None,
-        safety: Checker | Options | str | None = "auto",
+        safety: Checker | Options | str | None = AUTO,
         prompt_hook: PromptHook | None = None,
         local_files: bool = False,
         compat: Compat | None = None,
@@ -96,36 +92,20 @@ class Predictor:
 
         Raises UnknownSchema, UnknownModel, or WeightsError for a path to nothing.
         """
-        self.schema = find_schema(schema)
-        published = self.schema.models or {"": self.schema.model or self.schema.name}
-        if isinstance(model, Mapping):
-            _check_choices(self.schema, model)
-            self.models = {choice: os.fspath(named) for choice, named in model.items()}
-        else:
-            self.models = dict(published) if model is None else {next(iter(published)): os.fspath(model)}
-        """What the input `model` may say -> the model; "" where there is no such input."""
-        own = self.models == published
-        nets = self.schema.controlnets
-        self.controlnets: ControlNets = (
-            (tuple(nets.values()) if own else tuple(nets)) if controlnets == "auto" else controlnets
+        self.reader = reader(
+            schema,
+            model=model,
+            lora=lora,
+            controlnets=controlnets,
+            redux=redux,
+            refiner=refiner,
+            base_loras=base_loras,
+            compat=compat,
+            local_files=local_files,
+            config=EngineConfig.from_environment(device=device, dtype=dtype, quantization=quantization, memory=memory),
         )
-        self.redux = self.schema.redux if redux == "auto" else redux
-        self.refiner = (self.schema.refiner if own else None) if refiner == "auto" else refiner
-        known = hub.manifests(EngineConfig.from_environment().weights)
-        for name in (*self.models.values(), self.refiner):
-            if name is not None:
-                hub.refer(os.fspath(name), known)
-        self.base_loras = self.schema.base_loras if base_loras == "auto" else tuple(base_loras)
-        for name in self.base_loras:
-            refer(name)
-        self.lora = None if lora is None else refer(lora, self.schema.bare)
-        if self.lora is not None and not self.schema.loras:
-            takers = "flux-dev-lora, flux-schnell-lora, flux-finetune and sdxl"
-            raise InvalidRequest(f"{schema} takes no LoRA: {takers} are among the schemas that do", field="lora")
-        if compat not in (None, "published"):
-            raise InvalidRequest(f"compat {compat!r} is neither 'published' nor None", field="compat")
-        self.local_files = local_files
-        self.compat: Compat | None = compat
+        """What inputs mean to the model, before it is loaded."""
+        self.schema = self.reader.schema
         self.safety, self.prompt_hook, self.c2pa = safety, prompt_hook, c2pa
         if isinstance(safety, str) and safety != AUTO:
             parsed(safety)
@@ -137,17 +117,12 @@ class Predictor:
         """The file of `lora`, once it was looked for."""
         self._engines: dict[str, Engine] = {}
         self._checkers: dict[str, Checker | None] = {}
-        self._specs: dict[str, ModelSpec] = {}
         self._loading = threading.Lock()
 
     @property
     def model(self) -> str:
         """The model that draws unless an input says otherwise."""
-        return self.models[self._first]
-
-    @property
-    def _first(self) -> str:
-        return next(iter(self.models))
+        return self.reader.models[self.reader.first]
 
     @property
     def spec(self) -> ModelSpec:
@@ -155,21 +130,7 @@ class Predictor:
 
         Raises what `load` does for models that are not there, or do not go together.
         """
-        return self._spec(self._first)
-
-    def _spec(self, choice: str) -> ModelSpec:
-        if choice in self._engines:
-            return self._engines[choice].spec
-        if choice not in self._specs:
-            config = EngineConfig.from_environment(device=self.device, dtype=self.dtype, quantization=self.quantization)
-            known = hub.manifests(config.weights)
-            refiner = None if self.refiner is None else _spec_of(self.refiner, known, config, ["unet"])
-            spec = refined(_spec_of(self.models[choice], known, config), refiner)
-            spec = replace(spec, controlnets=tuple(controlnet_specs(self.controlnets, spec, known)))
-            if self.redux is not None and isinstance(spec, FluxSpec):
-                spec = replace(spec, image_prompts=True)
-            self._specs[choice] = spec
-        return self._specs[choice]
+        return self.reader.spec(self.reader.first)
 
     def setup(self) -> None:
         """Fetch the fine-tune's own LoRA, and load the safety checker and the model. `predict` does what of it was not
@@ -177,25 +138,27 @@ class Predictor:
 
         Raises what `load` does: also for a checker whose weights or packages are not here.
         """
-        if self.lora is not None:
+        if self.reader.lora is not None:
             self._own_lora()
-        self._ready(self._first)
+        self._ready(self.reader.first)
 
     def warm_up(self) -> int:
         """`Engine.warm_up` of the model that draws unless an input says otherwise: how many graphs that made."""
-        return self._ready(self._first).warm_up()
+        return self._ready(self.reader.first).warm_up()
 
     def _own_lora(self) -> Found:
         """Looked for once: what it means may be asked of the network."""
         with self._loading:
             if self._own is None:
-                assert self.lora is not None
-                self._own = finder(EngineConfig.from_environment())(self.lora)
+                assert self.reader.lora is not None
+                self._own = finder(EngineConfig.from_environment())(self.reader.lora)
             return self._own
 
     def _checker(self, choice: str) -> Checker | None:
         """Once for all models."""
-        asked = self._spec(choice).checker if isinstance(self.safety, str) and self.safety == AUTO else self.safety
+        asked = (
+            self.reader.spec(choice).checker if isinstance(self.safety, str) and self.safety == AUTO else self.safety
+        )
         name = asked if isinstance(asked, str) else ""
         if name not in self._checkers:
             config = EngineConfig.from_environment(device=self.device)
@@ -206,20 +169,24 @@ class Predictor:
         with self._loading:
             if choice not in self._engines:
                 checker = self._checker(choice)  # first: it is soon told that it is not here
-                self._engines[choice] = load(
-                    self.models[choice],
+                for remark in self.reader.remarks(choice):
+                    self.say(remark)
+                engine = load(
+                    self.reader.models[choice],
                     device=self.device,
                     dtype=self.dtype,
                     quantization=self.quantization,
                     memory=self.memory,
                     compile=self.compile,
                     compile_cache=self.compile_cache,
-                    refiner=self.refiner,
-                    controlnets=self.controlnets,
-                    redux=self.redux,
+                    refiner=self.reader.refiner,
+                    controlnets=self.reader.controlnets,
+                    redux=self.reader.redux,
                     safety=checker,
                     prompt_hook=self.prompt_hook,
                 )
+                self.reader.specs[choice] = engine.spec
+                self._engines[choice] = engine
             return self._engines[choice]
 
     def predict(
@@ -241,12 +208,15 @@ class Predictor:
         where the hook does not let a prompt pass, UnsafeOutput where no picture is left, UnsupportedError,
         WeightsError, RequestCancelled, OutOfMemory or OutputError.
         """
-        values, choice, told, _ = self._understood(inputs)
+        asked = self.reader.read(inputs)
+        values, told = asked.values, asked.translated
         loras = self._fetched(told.loras, values, cancel)
         request = replace(told.request, loras=loras)
-        if self.compat:
-            request = replace(request, loras=scaled_as_published(loras, request, self._spec(choice)))
-        engine = self._ready(choice)
+        if self.reader.compat:
+            request = replace(request, loras=scaled_as_published(loras, request, asked.job.spec))
+        if request.go_fast and "go_fast" not in inputs:  # nobody asked: no line that there are no 8 bits
+            request = replace(request, go_fast=None)
+        engine = self._ready(asked.choice)
         self.say(f"Using seed: {values['seed']}")
         for line in (*not_in_force(values, checked=self.safety is not None), *told.notes):
             self.say(line)
@@ -254,7 +224,7 @@ class Predictor:
         try:
             result = self._run(engine, request, cancel, not values.get("disable_safety_checker"))
             _record(record, result)
-            kept = screened(result, self.schema, self.say, compat=self.compat)
+            kept = screened(result, self.schema, self.say, compat=self.reader.compat)
             return write(folder, self.schema, result, kept, values, signer=self.c2pa, say=self.say)
         except BaseException:  # also a host's cancellation, which is no Exception: nothing half-made is left
             shutil.rmtree(folder, ignore_errors=True)
@@ -266,64 +236,7 @@ class Predictor:
 
         Raises as `predict`, for what can be known without weights and downloads.
         """
-        values, _, told, job = self._understood(inputs, fetch=False)
-        unknown = bool(told.unread) and told.request.width is None and job.inputs.image is not None
-        return {
-            "schema": self.schema.name,
-            "model": job.spec.name,
-            "inputs": {
-                one.name: shown(one, values[one.name]) for one in self.schema.inputs if values[one.name] is not None
-            },
-            "width": None if unknown else job.width,
-            "height": None if unknown else job.height,
-            "num_outputs": len(job.seeds),
-            "seeds": list(job.seeds),
-            "num_inference_steps": job.num_inference_steps,
-            "guidance_scale": job.guidance_scale if job.spec.guidance_embedded else job.true_cfg_scale,
-            "scheduler": job.scheduler,
-            "loras": [[one.reference.describe() if one.reference else "its own", one.scale] for one in told.loras],
-            "files": names_of(self.schema, values, len(job.seeds)),
-            "unread": list(told.unread),
-            "notes": [*told.notes, *job.notes],
-        }
-
-    def _understood(
-        self, inputs: Mapping[str, Any], *, fetch: bool = True
-    ) -> tuple[dict[str, Any], str, Translated, Job]:
-        """Values with their defaults, which model draws, what they stand for, and what would be done. Whatever can be
-        refused is refused here, and by the names that the schema has."""
-        values = self.schema.validate(inputs)
-        choice = self._choice(values)
-        spec = self._spec(choice)
-        values["seed"] = seed_of(values["seed"], self.schema, spec, self.compat)
-        told = translate(
-            self.schema,
-            values,
-            spec,
-            seed=values["seed"],
-            own=self.lora is not None,
-            local=self.local_files,
-            fetch=fetch,
-        )
-        if self.compat:
-            told = replace(told, request=as_published(told.request, spec))
-        try:
-            return values, choice, told, told.request.resolve(spec)
-        except InvalidRequest as error:
-            source = next((one.name for one in self.schema.inputs if one.field == error.field), None)
-            if source is None:
-                raise
-            raise InvalidInput({source: str(error).removeprefix(f"{error.field} ")}) from None
-
-    def _choice(self, values: Mapping[str, Any]) -> str:
-        """Which model draws."""
-        choice = values["model"] if self.schema.models else ""
-        if choice not in self.models:
-            here = ", ".join(self.models)
-            raise InvalidInput(
-                {"model": f"{choice!r} is not loaded, only {here}: Predictor({self.schema.name!r}, model={{...}})"}
-            )
-        return choice
+        return self.reader.resolve(inputs)
 
     def _fetched(
         self, loras: Sequence[Wanted], values: Mapping[str, Any], cancel: threading.Event | None
@@ -338,7 +251,7 @@ class Predictor:
             # Steps, guidance and scheduler are inputs: a LoRA sets none of them.
             found.append(LoRA(file, one.scale, mode=None))
         find = finder(config, cancel=cancel)
-        return [*found, *(LoRA(find(name), mode=None) for name in self.base_loras)]
+        return [*found, *(LoRA(find(name), mode=None) for name in self.reader.base_loras)]
 
     def _run(self, engine: Engine, request: Request, cancel: threading.Event | None, check: bool) -> Result:
         result = engine.run(request, on_step=self._progress, cancel=cancel, check=check)
@@ -370,28 +283,3 @@ def _record(record: Callable[[str, float], object] | None, result: Result) -> No
         record("flagged_count", sum(bool(verdict.unsafe) for verdict in result.verdicts))
         for stage, seconds in result.timings.items():
             record(f"timing.{stage}", round(seconds, 4))
-
-
-def shown(one: Input, value: Any) -> Any:
-    """An input's value as it may be told: no secret, and of a picture what kind of thing it is."""
-    if one.type == "secret":
-        return "(a secret)"
-    if one.type != "uri":
-        return value
-    text = value if isinstance(value, str) else type(value).__name__
-    return text if len(text) <= SHOWN else f"{text[:40]}... ({len(text):,} characters)"
-
-
-def _check_choices(schema: Schema, models: Mapping[str, Named]) -> None:
-    wrong = [choice for choice in models if choice not in schema.models]
-    if wrong or not models:
-        said = f"takes models for {', '.join(schema.models)}" if schema.models else "takes one model"
-        raise InvalidRequest(f"{schema.name} {said}, not for {', '.join(map(str, wrong)) or 'none'}", field="model")
-
-
-def _spec_of(
-    model: Named, known: Mapping[str, hub.Manifest], config: EngineConfig, only: list[str] | None = None
-) -> ModelSpec:
-    """A manifest tells it at once; of a file or repository the weights have to be looked at."""
-    name = os.fspath(model)
-    return hub.spec_of(name, known) or find_model(name, config, only=only).spec

@@ -15,12 +15,6 @@ from flux_engine.replicate.schema import Schema
 from flux_engine.result import Result
 
 
-def names_of(schema: Schema, values: Mapping[str, Any], count: int) -> list[str]:
-    """Of the files of so many pictures."""
-    kind = values.get("output_format", schema.output_format)
-    return [f"output.{kind}"] if schema.single else [f"out-{index}.{kind}" for index in range(count)]
-
-
 def write(
     folder: Path,
     schema: Schema,
@@ -46,7 +40,7 @@ def write(
 
     controls = result.controls if schema.returns_controls else ()
     written = [put(f"control-{index}.png", picture, None) for index, picture in enumerate(controls)]
-    names = names_of(schema, values, len(result))
+    names = schema.file_names(values, len(result))
     pictures = {index: result[index] for index in kept}
     if values.get("apply_watermark"):
         pictures = _marked(pictures, say)

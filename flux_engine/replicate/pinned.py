@@ -6,6 +6,7 @@ import json
 import platform
 from collections.abc import Iterable
 from importlib import metadata
+from typing import Any
 
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
@@ -18,6 +19,11 @@ NAME = "flux-engine"
 def python() -> str:
     """The version of Python that these packages run in, as "3.12"."""
     return ".".join(platform.python_version_tuple()[:2])
+
+
+def from_here() -> bool:
+    """Whether the library was installed from a folder or a file, which no other machine has."""
+    return _came_from().get("url", "").startswith("file:")
 
 
 def pins(*, extras: Iterable[str] = (), also: Iterable[str] = ()) -> list[str]:
@@ -62,11 +68,16 @@ def _line(one: Requirement, name: str) -> str:
 def _own(extras: list[str]) -> str:
     """The library itself: from where it was installed, if that is an address or a repository; else by its version."""
     named = f"{NAME}[{','.join(extras)}]" if extras else NAME
-    distribution = metadata.distribution(NAME)
-    said = json.loads(distribution.read_text("direct_url.json") or "{}")
-    url, versioned = str(said.get("url", "")), said.get("vcs_info")
-    if versioned:
+    said = _came_from()
+    url, versioned = said.get("url", ""), said.get("vcs_info")
+    if versioned and not from_here():
         return f"{named} @ {versioned['vcs']}+{url}@{versioned['commit_id']}"
     if url.startswith("https://"):
         return f"{named} @ {url}"
-    return f"{named}=={distribution.version}"
+    return f"{named}=={metadata.version(NAME)}"
+
+
+def _came_from() -> dict[str, Any]:
+    """What the installer says: https://packaging.python.org/en/latest/specifications/direct-url/. Empty if it came from
+    an index."""
+    return json.loads(metadata.distribution(NAME).read_text("direct_url.json") or "{}")

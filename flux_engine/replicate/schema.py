@@ -325,6 +325,11 @@ class Schema:
             return did_you_mean(str(name)[:SHOWN], known)
         return f"; here it is {same!r}."
 
+    def file_names(self, values: Mapping[str, Any], count: int) -> list[str]:
+        """Of so many pictures, in the order in which they are answered."""
+        kind = values.get("output_format", self.output_format)
+        return [f"output.{kind}"] if self.single else [f"out-{index}.{kind}" for index in range(count)]
+
     def openapi(self) -> dict[str, Any]:
         """The whole OpenAPI document of a server with this schema."""
         enums = {
