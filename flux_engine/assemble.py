@@ -25,7 +25,7 @@ from flux_engine.config import EngineConfig
 from flux_engine.errors import UnknownModel, UnsupportedError, WeightsError
 from flux_engine.fetch import fetch, listing, together
 from flux_engine.ledger import Ledger
-from flux_engine.recognition import CONFIGS, PARTS, PLAIN, SAID, Found, is_there, needed, read_json, spec_of
+from flux_engine.recognition import CONFIGS, PARTS, PLAIN, SAID, Found, config_of, is_there, needed, spec_of
 from flux_engine.specs import ModelSpec
 
 
@@ -162,7 +162,7 @@ def _in_folder(path: Path, variant: str | None) -> Found:
     layout = PARTS[families[0]]
     parts = {part: weights_in(path / part, variant=variant) for part in layout.weights if is_there(path / part)}
     parts |= {name: path / name for name in (*PLAIN, *CONFIGS) if is_there(path / name)}
-    said = {name: read_json(path / config) for name, config in SAID.items()}
+    said = {name: config_of(path / config) for name, config in SAID.items()}
     return Found(families[0], parts, {name: config for name, config in said.items() if config})
 
 

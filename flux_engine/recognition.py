@@ -5,7 +5,6 @@ Raises WeightsError and UnsupportedError throughout.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 
 from flux_engine.checkpoints.detect import Kind, pick
 from flux_engine.checkpoints.quantized import Saved
+from flux_engine.checkpoints.settings import read_json
 from flux_engine.checkpoints.source import WeightSource
 from flux_engine.errors import UnsupportedError, WeightsError
 from flux_engine.params import DiffusionSchedule, FlowSchedule, FluxParams, Shapes, UNetParams, VAEParams
@@ -252,14 +252,8 @@ def is_there(path: Path) -> bool:
     return True
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def config_of(path: Path) -> dict[str, Any]:
     """A config, empty if there is none."""
     if not (is_there(path.parent) and is_there(path)):
         return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{path} cannot be read: {error}") from None
-    if not isinstance(found, dict):
-        raise WeightsError(f"{path} is not a JSON object")
-    return found
+    return read_json(path)

@@ -196,8 +196,8 @@ def test_preprocessing_as_its_config_says(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("said", "words"),
     [
-        ("[1]", "it holds a list"),
-        ("{", "JSONDecodeError"),
+        ("[1]", "holds a list"),
+        ("{", "cannot be read: Expecting property name"),
         ({}, "KeyError: 'size'"),
         ({"size": {"shortest_edge": 45}}, "KeyError: 'height'"),
         ({"size": {"height": "tall", "width": 45}}, "ValueError"),
@@ -347,7 +347,7 @@ def test_parts_that_do_not_belong_together(tmp_path: Path, files: dict[str, Path
         ({"hidden_size": "wide"}, "cannot be used"),
         ({"image_size": 300}, "of another shape"),
         ({"vision_config": 3}, "cannot be used"),
-        (None, "FileNotFoundError"),
+        (None, "No such file"),
     ],
 )
 def test_configs_that_cannot_be(

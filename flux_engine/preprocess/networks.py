@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flux_engine import hub
+from flux_engine.checkpoints.settings import read_json
 from flux_engine.checkpoints.source import WeightSource
 from flux_engine.config import EngineConfig
 from flux_engine.errors import InvalidRequest, NumericalError, WeightsError
@@ -87,7 +86,7 @@ def _load(name: str, offline: bool, device: torch.device) -> Network:
     config = EngineConfig.from_environment()
     manifest = hub.find(name, hub.manifests(config.weights))
     files = manifest.obtain(offline=offline, ledger=Ledger(config.cache))
-    said, prepared = (_read(files[f"annotator/{file}.json"]) for file in ("config", "preprocessor_config"))
+    said, prepared = (read_json(files[f"annotator/{file}.json"]) for file in ("config", "preprocessor_config"))
     kind = KINDS.get(str(said.get("model_type")))
     if kind is None:
         raise WeightsError(f"{name}: its model_type {said.get('model_type')!r} is not one of {', '.join(KINDS)}")
@@ -135,13 +134,3 @@ def _leave_out_unused(module: nn.Module, source: WeightSource) -> None:
     part = "residual_layer1"
     if hasattr(module, "neck") and not any(name.startswith(f"{prefix}.{part}.") for name in source.recipes):
         setattr(module.get_submodule(prefix), part, nn.Identity())
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path} cannot be read: {error}") from None
-    if not isinstance(found, dict):
-        raise WeightsError(f"{path} is not a JSON object")
-    return found

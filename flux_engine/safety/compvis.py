@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from flux_engine.checkpoints.load import load_module
+from flux_engine.checkpoints.settings import read_json
 from flux_engine.checkpoints.source import WeightSource
 from flux_engine.errors import WeightsError
-from flux_engine.safety.files import PART, Preparation, Where, read_json
+from flux_engine.safety.files import PART, Preparation, Where
 from flux_engine.safety.options import CompVis
 from flux_engine.text.encoders import place_positions, said_of
 from flux_engine.verdicts import Verdict

@@ -11,9 +11,10 @@ from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 
 from flux_engine.checkpoints.load import load_module
+from flux_engine.checkpoints.settings import read_json
 from flux_engine.checkpoints.source import WeightSource
 from flux_engine.errors import WeightsError
-from flux_engine.safety.files import PART, Preparation, Where, read_json
+from flux_engine.safety.files import PART, Preparation, Where
 from flux_engine.safety.options import Falconsai
 from flux_engine.text.encoders import said_of
 from flux_engine.verdicts import Verdict

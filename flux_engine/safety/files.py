@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from flux_engine import hub
+from flux_engine.checkpoints.settings import read_json
 from flux_engine.config import EngineConfig
 from flux_engine.errors import WeightsError
 from flux_engine.ledger import Ledger
@@ -46,17 +46,6 @@ class Where:
                 f"the safety checker {name} is not here, and without it no picture counts as safe. Get it with "
                 f"`flux-engine download {name}`, or say safety=None to go without any. ({error})"
             ) from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Settings by name. Raises WeightsError for a file that holds none."""
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{path} cannot be read: {error}") from None
-    if not isinstance(said, dict):
-        raise WeightsError(f"{path} is not a JSON object")
-    return said
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ Shapes: B batch, N pictures, L tokens of one, D width of the text.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from flux_engine.checkpoints.detect import pick
 from flux_engine.checkpoints.load import load_module
+from flux_engine.checkpoints.settings import read_json
 from flux_engine.checkpoints.source import WeightSource
 from flux_engine.errors import WeightsError
 from flux_engine.models.redux import ReduxAdapter
@@ -56,7 +56,7 @@ class Preprocessing:
 
         Raises WeightsError for what is none, or asks for other steps.
         """
-        said = _json(path)
+        said = read_json(path)
         for step, wanted in (("do_resize", True), ("do_rescale", True), ("do_normalize", True),
                              ("do_center_crop", False), ("do_pad", False)):  # fmt: skip
             if said.get(step) is (not wanted):
@@ -175,7 +175,7 @@ def _load_tower(files: Mapping[str, Path], *, dtype: torch.dtype, device: torch.
 
 def _tower_config(path: Path | None, **changed: Any) -> SiglipVisionConfig:
     """A vision tower's config, or the part about it in that of a whole SigLIP."""
-    said = _json(path) if path else SO400M
+    said = read_json(path) if path else SO400M
     try:
         config = SiglipVisionConfig(**{**said.get("vision_config", said), **changed})
         _sides(config)
@@ -190,16 +190,6 @@ def _sides(config: SiglipVisionConfig) -> tuple[int, int]:
     if not (isinstance(side, int) and isinstance(patch, int) and 0 < patch <= side):
         raise ValueError(f"image_size is {side} and patch_size {patch}, where squares are read")
     return side, patch
-
-
-def _json(path: Path) -> Mapping[str, Any]:
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{path} cannot be used: {said_of(error)}") from None
-    if not isinstance(said, dict):
-        raise WeightsError(f"{path} cannot be used: it holds a {type(said).__name__}, no settings by name")
-    return said
 
 
 def _key(picture: Image.Image) -> str:
