@@ -122,6 +122,8 @@ def serving(version: str, folder: Path, *, upload: str | None = None) -> Iterato
     """A server of a generated folder, ready; nothing of it runs afterwards."""
     home, port = environment(version), free_port()
     log = folder / f"server-{port}.log"
+    aside = folder.parent / "tmp"
+    aside.mkdir(exist_ok=True)
     known = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     settings = known | {
         "PATH": f"{home / 'bin'}{os.pathsep}{os.environ['PATH']}",  # Cog starts its worker as `python`
@@ -130,6 +132,7 @@ def serving(version: str, folder: Path, *, upload: str | None = None) -> Iterato
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "FLUX_ENGINE_CACHE": str(folder.parent / "cache"),
+        "TMPDIR": str(aside),  # where the files of predictions are
     }
     command = [str(home / "bin" / "python"), "-m", "cog.server.http", "--host", "127.0.0.1"]
     command += ["--upload-url", upload] if upload else []

@@ -47,7 +47,7 @@ def test_no_answer_is_the_servers_fault(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     assert main(["cog", "init", "flux-schnell", str(folder), "--model", "demo-schnell"]) == 0
     asked = {"prompt": "a red circle", "seed": 1, "output_format": "png", **CHEAP}
-    alone = Predictor("flux-schnell", model="demo-schnell", say=lambda line: None)
+    alone = Predictor("flux-schnell", model="demo-schnell", output_dir=tmp_path, say=lambda line: None)
     [path] = alone.predict(**asked)  # pyright: ignore[reportGeneralTypeIssues]
     with serving("0.23", folder) as server:
         document = server.call("GET", "/openapi.json")[1]

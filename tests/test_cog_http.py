@@ -97,9 +97,9 @@ def ways(server: Server) -> Ways:
 Draw = Callable[..., bytes]
 
 
-def drawing(schema: str, model: str) -> Draw:
+def drawing(schema: str, model: str, folder: Path) -> Draw:
     """The bytes that the predictor writes in this process."""
-    predictor = Predictor(schema, model=model, say=lambda line: None)
+    predictor = Predictor(schema, model=model, output_dir=folder, say=lambda line: None)
 
     def drawn(**inputs: Any) -> bytes:
         [path] = predictor.predict(**inputs)  # pyright: ignore[reportGeneralTypeIssues]
@@ -109,8 +109,8 @@ def drawing(schema: str, model: str) -> Draw:
 
 
 @pytest.fixture(scope="module")
-def draw() -> Draw:
-    return drawing("flux-dev", "demo-dev")
+def draw(tmp_path_factory: pytest.TempPathFactory) -> Draw:
+    return drawing("flux-dev", "demo-dev", tmp_path_factory.mktemp("drawn"))
 
 
 def check_right(server: Server, draw: Draw) -> None:
@@ -218,7 +218,7 @@ def test_another_model_and_uploads(version: str, tmp_path: Path, receiver: Recei
     """Files of predictions that are not waited for are uploaded; the newer cog does it for all."""
     assert main(["cog", "init", "flux-schnell", str(tmp_path / "model"), "--model", "demo-schnell"]) == 0
     name, asked = f"upload-{version}", SMALL | {"output_format": "png"}
-    expected = drawing("flux-schnell", "demo-schnell")(**asked)
+    expected = drawing("flux-schnell", "demo-schnell", tmp_path / "drawn")(**asked)
     with serving(version, tmp_path / "model", upload=f"{receiver.url}/up/") as server:
         assert server.begin(name, receiver.url, asked)[0] == 202
         output = receiver.ended(name)["output"]

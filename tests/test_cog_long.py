@@ -52,7 +52,7 @@ def jobs(tmp_path: Path, picture: str) -> Iterator[tuple[Server, list[Job]]]:
     """A server, and the kinds of prediction, each of which looks at what it gets."""
     folder = tmp_path / "model"
     assert main(["cog", "init", "flux-dev-lora", str(folder), "--model", "demo-dev"]) == 0
-    alone = Predictor("flux-dev-lora", model="demo-dev", say=lambda line: None)
+    alone = Predictor("flux-dev-lora", model="demo-dev", output_dir=tmp_path, say=lambda line: None)
     [path] = alone.predict(**REFERENCE)  # pyright: ignore[reportGeneralTypeIssues]
     right = path.read_bytes()
     lora = weights_folder() / "demo" / "loras" / "demo-dev-haze.safetensors"

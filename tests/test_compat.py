@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -168,9 +169,9 @@ def test_what_the_model_refuses_has_the_schemas_name(
     assert [problem["loc"] for problem in caught.value.detail] == [["body", "input", name]]  # type: ignore[attr-defined]
 
 
-def test_metrics_are_recorded() -> None:
+def test_metrics_are_recorded(tmp_path: Path) -> None:
     told: dict[str, float] = {}
-    predictor = Predictor("flux-schnell", model="demo-schnell", say=lambda line: None)
+    predictor = Predictor("flux-schnell", model="demo-schnell", output_dir=tmp_path, say=lambda line: None)
     predictor.predict(prompt="a red circle", num_outputs=2, megapixels="0.25", record=told.__setitem__)
     assert told["image_count"] == 2
     assert told["timing.denoise"] > 0

@@ -278,8 +278,9 @@ class Cancelled(BaseException):
 
 
 @pytest.fixture(scope="module")
-def hosted() -> Hosted:
-    one = Hosted(Predictor("flux-schnell", model="demo-schnell", say=lambda line: None))
+def hosted(tmp_path_factory: pytest.TempPathFactory) -> Hosted:
+    folder = tmp_path_factory.mktemp("hosted")
+    one = Hosted(Predictor("flux-schnell", model="demo-schnell", output_dir=folder, say=lambda line: None))
     one.setup()
     return one
 
@@ -287,10 +288,11 @@ def hosted() -> Hosted:
 SMALL = {"prompt": "a red circle", "megapixels": "0.25", "num_inference_steps": 1, "output_format": "png"}
 
 
-def test_a_hosted_predictor_predicts_and_tells_metrics(hosted: Hosted) -> None:
+def test_a_hosted_predictor_predicts_and_tells_metrics(hosted: Hosted, tmp_path: Path) -> None:
     told = Told()
     [path] = hosted.predict(told, seed=1, **SMALL)
-    alone = Predictor("flux-schnell", model="demo-schnell", say=lambda line: None).predict(seed=1, **SMALL)
+    other = Predictor("flux-schnell", model="demo-schnell", output_dir=tmp_path, say=lambda line: None)
+    alone = other.predict(seed=1, **SMALL)
     assert isinstance(alone, list) and path.read_bytes() == alone[0].read_bytes()
     assert told.metrics["image_count"] == 1 and told.metrics["timing.denoise"] > 0
 
