@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo
-from conftest import relative_error
+from conftest import latent_error
 from PIL import Image
 from torch._dynamo.utils import counters
 
@@ -28,8 +28,9 @@ from flux_engine.sizes import PUBLISHED_SIZES
 # torch's own, at its own code.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
 PROMPT = "a large red circle on a blue background"
-BOUND = {"float32": 1e-5, "bfloat16": 0.03}
-"""Of max |a - b| / max |b| of latents: a compiled block rounds elsewhere."""
+BOUND = 0.02
+"""Of latents in bfloat16, relative L2: a compiled block rounds elsewhere, and less often. One number can be 0.04 off
+where there are no kernels of ours; of the two eager is then further from float32."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -88,7 +89,7 @@ def test_compiled_is_eager(compiled: Engine, fields: dict[str, int]) -> None:
         torch.stack(list(engine(PROMPT, seed=0, num_inference_steps=4, output_type="latent", **fields)))
         for engine in (compiled, eager)
     )
-    assert relative_error(mine, plain) <= BOUND["bfloat16"]
+    assert latent_error(mine, plain) <= BOUND
 
 
 @pytest.mark.full
@@ -109,7 +110,7 @@ def test_a_mixed_session_of_sdxl(tmp_path: Path, scheme: str) -> None:
                    {"prompt_chunks": True}):  # fmt: skip
         request = Request(prompt=PROMPT, seed=0, num_inference_steps=2, output_type="latent", **fields)
         mine, plain = (torch.stack(list(each.run(request))) for each in (engine, eager))
-        assert relative_error(mine, plain) <= BOUND["bfloat16"], fields
+        assert latent_error(mine, plain) <= BOUND, fields
     assert graphs_of(engine) == made
 
 
@@ -119,7 +120,7 @@ def test_a_hot_size_has_graphs_of_its_own_and_others_keep_theirs(compiled: Engin
     made = graphs_of(compiled)
     assert compiled.warm_up([], hot=[hot]) == 2  # the decoder is not called for latents
     assert compiled.warm_up([], hot=[hot]) == 0
-    assert relative_error(compiled.run(hot).images[0], before) <= BOUND["bfloat16"]
+    assert latent_error(compiled.run(hot).images[0], before) <= BOUND
     compiled.run(replace(hot, width=48, height=64))  # as many tokens
     compiled.run(replace(hot, width=64, height=64))
     compiled.run(replace(hot, num_outputs=2))

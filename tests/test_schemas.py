@@ -56,7 +56,7 @@ SCHNELL = [
 ]
 LORA = [("lora_weights", "string", None), ("lora_scale", "number", 1, -1, 3)]
 EXTRA_LORA = [("extra_lora", "string", None), ("extra_lora_scale", "number", 1, -1, 3)]
-PUBLISHED: dict[str, list[tuple[Any, ...]]] = {  # name, type, default, then the choices or the limits
+INPUTS: dict[str, list[tuple[Any, ...]]] = {  # name, type, default, then the choices or the limits
     "flux-schnell": SCHNELL,
     "flux-dev": DEV,
     "flux-krea-dev": DEV,
@@ -315,7 +315,7 @@ def refusal(schema: Schema, given: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def test_all_are_written_down() -> None:
-    assert list(SCHEMAS) == list(PUBLISHED)
+    assert list(SCHEMAS) == list(INPUTS)
     for name, schema in SCHEMAS.items():
         assert schema.name == name
         assert schema.title
@@ -323,7 +323,7 @@ def test_all_are_written_down() -> None:
 
 @each
 def test_inputs_are_the_published_ones(schema: Schema) -> None:
-    rows = PUBLISHED[schema.name]
+    rows = INPUTS[schema.name]
     assert [one.name for one in schema.inputs] == [row[0] for row in rows]
     for one, (name, kind, default, *rest) in zip(schema.inputs, rows, strict=True):
         choices = rest[0] if len(rest) == 1 else []
@@ -339,7 +339,7 @@ def test_inputs_are_the_published_ones(schema: Schema) -> None:
 def test_openapi_says_the_same(schema: Schema) -> None:
     document = schema.openapi()
     schemas = document["components"]["schemas"]
-    rows = PUBLISHED[schema.name]
+    rows = INPUTS[schema.name]
     assert schemas["Input"]["required"] == [row[0] for row in rows if row[2] is REQUIRED]
     for order, (name, kind, default, *rest) in enumerate(rows):
         shape: dict[str, Any] = {"x-order": order}
