@@ -31,6 +31,9 @@ FILE_SPEED = 1.5e9
 """Bytes a second from a file."""
 
 
+IN_WORDS = {"none": "full precision"}
+
+
 class TooLarge(Exception):
     """What is needed at once does not fit, whatever leaves."""
 
@@ -258,7 +261,7 @@ class _Asked:
 
 def _refusal(asked: _Asked, lacking: Mapping[tuple[str, ...], int]) -> str:
     card, spec, extent = asked.card, asked.spec, asked.extent
-    ways = " or ".join(" with ".join(way) for way in lacking)
+    ways = " or ".join(" with ".join(IN_WORDS.get(scheme, scheme) for scheme in way) for way in lacking)
     least = asked.capacity + min(lacking.values(), default=0)
     told = (
         f"{spec.name} in {ways or 'no scheme'} does not fit {card.name}: {extent.width}x{extent.height} takes "
@@ -269,7 +272,7 @@ def _refusal(asked: _Asked, lacking: Mapping[tuple[str, ...], int]) -> str:
     if fitting:
         return f"{told}. It would fit with quantization={fitting[0]!r}"
     if card.capability is None:
-        return told
+        return f"{told}. Give it so much, by memory= where that is said"
     larger = [one.name for one in CARDS.values() if any(_fits(_on(asked, one), way[0]) for way in lacking)]
     return f"{told}. It would fit a card as {larger[0]}" if larger else f"{told}. No card of the table would hold it"
 

@@ -35,9 +35,9 @@ REPLICATE = "https://replicate.com"
 HUB = "https://huggingface.co"
 ANSWER = 32 * 2**20
 """Most bytes of what CivitAI says of a model: its page has every version, picture and comment in it."""
+LOCAL = "a path to a .safetensors or .tar; "
 UNDERSTOOD = (
-    "a name that `flux-engine models --all` lists; "
-    "a path to a .safetensors or .tar; a data URI (data:...;base64,...) of one; OWNER/NAME; "
+    "a name of a LoRA that `flux-engine models --all` lists; a data URI (data:...;base64,...) of one; OWNER/NAME; "
     "huggingface.co/OWNER/NAME[/FILE.safetensors]; civitai.com/models/ID[/NAME][?modelVersionId=N]; "
     "civitai.com/api/download/models/ID; replicate.com/OWNER/NAME[/versions/ID]; https://...(.safetensors or .tar)"
 )
@@ -132,7 +132,7 @@ def parse_reference(
     """
     if not isinstance(text, str):  # a caller's slip that Python lets pass
         raise InvalidRequest(f"{field} is a text or a path, not of the type {type(text).__name__}", field=field)
-    refuse = functools.partial(_refused, text, field)
+    refuse = functools.partial(_refused, text, field, local)
     text = text.strip()
     if text[:5].lower() == "data:":
         return _data(text, refuse)
@@ -142,7 +142,7 @@ def parse_reference(
     if not scheme:
         explicit = text.startswith(("/", "./", "../", "~")) or text in (".", "..")
         if explicit and not local:
-            raise refuse("is a path, which is not read here")
+            raise refuse("is a path, which is not read here (local_files=True lets texts be paths)")
         if local and (found := _here(text, explicit)):
             return found
     host, _, rest = (text[scheme.end() :] if scheme else text).partition("/")
@@ -165,12 +165,12 @@ def parse_reference(
     return _bare(text, bare, refuse)
 
 
-def _refused(text: str, field: str, why: str) -> InvalidRequest:
+def _refused(text: str, field: str, local: bool, why: str) -> InvalidRequest:
     """The error about a text, of which it shows what is not secret."""
     named = re.sub(r"(^|//)[^/]*@", r"\1", re.sub(r"[?#].*", "", text.strip(), flags=re.DOTALL))
     named = repr(_TOKEN.sub(r"\1...", named if len(named) <= 120 else named[:80] + "..." + named[-30:]))
     named = f"(a data URI of {len(text):,} characters)" if text.strip()[:5].lower() == "data:" else named
-    return InvalidRequest(f"{field} {named} {why}. Understood are: {UNDERSTOOD}", field=field)
+    return InvalidRequest(f"{field} {named} {why}. Understood are: {LOCAL if local else ''}{UNDERSTOOD}", field=field)
 
 
 def _here(text: str, explicit: bool) -> Reference | None:

@@ -551,3 +551,22 @@ def test_models_info_and_schema(capsys: pytest.CaptureFixture[str]) -> None:
     assert "num_inference_steps" in capsys.readouterr().out
     assert cli.main(["schema", "flux"]) == 2
     assert "flux-schnell" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["generate", "a star", "--step", "3"], "flux-engine generate: error: there is no option --step; did you mean"),
+        (["generate", "a", "star"], "'star' is one word too many: a text with spaces stands in quotes"),
+        (
+            ["cog", "init", "flux-dev", "x", "--modle=y"],
+            "flux-engine cog init: error: there is no option --modle=y; did",
+        ),
+        (["lora", "inspect", "a", "b"], "flux-engine lora inspect: error: 'b' is one word too many"),
+    ],
+)
+def test_what_no_command_takes(argv: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(argv)
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err

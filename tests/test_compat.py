@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from published_models import Speak, least, photo_content
 
 from flux_engine import InvalidRequest, Predictor, cli, guarded
@@ -123,6 +124,46 @@ def test_validate_fetches_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     (lora,) = resolved["loras"]
     assert "owner/name" in lora.pop("meaning")
     assert lora == {"input": "replicate_weights", "kind": "replicate", "name": "owner/name", "scale": 1}
+
+
+@pytest.mark.parametrize(
+    ("sent", "words"),
+    [
+        ({"input": {"prompt": "x"}}, "send what is inside of it"),
+        ({"prompt": "x", "loras": []}, "here it is 'lora_weights'"),
+        ({"prompt": "x", "lora_weights": "demo-sdxl-haze"}, "is a LoRA for sdxl models, and demo-dev is one of flux"),
+        ({"prompt": "x", "lora_weights": "demo-canny"}, "is a controlnet and no LoRA"),
+        ({"prompt": "x", "lora_weights": "demo-dev-haz"}, "names no LoRA; did you mean 'demo-dev-haze'?"),
+        ({"prompt": "x", "lora_weights": "/a.safetensors"}, "local_files=True lets texts be paths"),
+        ({"prompt": "x", "image": "/a.png"}, "by a text only with local_files=True"),
+    ],
+)
+def test_validate_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], sent: dict[str, Any], words: str
+) -> None:
+    asked = ("flux-dev-lora", "--model", "demo-dev")
+    code, (answer,) = validated(monkeypatch, capsys, json.dumps(sent).encode(), *asked)
+    assert code == 2
+    assert words in answer["detail"][-1]["msg"]
+
+
+def test_validate_takes_paths_and_models_by_choice(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    Image.new("RGB", (96, 64)).save(tmp_path / "a.png")
+    sent = json.dumps({"prompt": "x", "model": "schnell", "image": str(tmp_path / "a.png")}).encode()
+    asked = ("flux-finetune", "--model", "dev=demo-dev", "--model", "schnell=demo-schnell", "--local-files")
+    code, (answer,) = validated(monkeypatch, capsys, sent, *asked)
+    assert code == 0
+    assert (answer["resolved"]["model"], answer["resolved"]["width"]) == ("demo-schnell", 96)
+
+
+def test_a_seed_that_is_none_is_noted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    sent = b'{"prompt": "x", "seed": -1}'
+    _, (answer,) = validated(monkeypatch, capsys, sent, "flux-dev", "--model", "demo-dev")
+    assert answer["resolved"]["notes"] == [
+        "seed -1 is taken for 18446744073709551615: seeds have 64 bits, and without one it is drawn"
+    ]
 
 
 def test_validate_tells_no_secret(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -225,7 +225,8 @@ def test_what_fits_nowhere_is_refused_before_a_weight_is_read(monkeypatch: pytes
         raise AssertionError("a weight was read")
 
     monkeypatch.setattr(Filling, "read", never)
-    with pytest.raises(OutOfMemory, match=r"demo-schnell in none does not fit CPU: 256x256 takes .* are free for it"):
+    refusal = r"demo-schnell in full precision does not fit CPU: 256x256 takes .* are free for it\. Give it so much"
+    with pytest.raises(OutOfMemory, match=refusal):
         flux_engine.load("demo-schnell", memory="5MB")
 
 

@@ -116,8 +116,8 @@ def test_every_card_has_a_plan_or_a_reason() -> None:
             assert made.dtype == ("float16" if card.name == "T4" else "bfloat16")
             bare = plan(spec, card, precisions=[card.best], host_memory=0)
             assert set(bare.leaves.values()) <= {"file"} and bare.seconds >= made.seconds
-    with pytest.raises(OutOfMemory, match=r"flux-dev in none does not fit T4: 1024x1024 takes 19.8 GB at a time, and "
-                       r"14.7 GB are free for it. It would fit with quantization='int8'"):  # fmt: skip
+    with pytest.raises(OutOfMemory, match=r"flux-dev in full precision does not fit T4: 1024x1024 takes 19.8 GB at a "
+                       r"time, and 14.7 GB are free for it. It would fit with quantization='int8'"):  # fmt: skip
         plan(FLUX_DEV, CARDS["T4"], host_memory=HOST)
     with pytest.raises(OutOfMemory, match=r"It would fit a card as T4$"):
         plan(FLUX_DEV, CARDS["RTX 4090"], precisions=["int8", "fp8", "fp8-storage"], memory=9 * GB, host_memory=HOST)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageChops
 
-from flux_engine import OutputError, Predictor, RequestCancelled, UnknownModel, UnknownSchema
+from flux_engine import InvalidRequest, OutputError, Predictor, RequestCancelled, UnknownModel, UnknownSchema
 from flux_engine.replicate.schema import InvalidInput
 from flux_engine.replicate.schemas import FLUX_SCHNELL, find_schema
 
@@ -207,10 +207,18 @@ def test_unknown_names() -> None:
 
 
 def test_a_model_is_no_schema() -> None:
-    with pytest.raises(
-        UnknownSchema, match=r"'demo-dev' is a model and no schema: Predictor\(SCHEMA, model='demo-dev'"
-    ):
+    with pytest.raises(UnknownSchema, match="'demo-dev' is a model and no schema: name a schema, and it as its model"):
         Predictor("demo-dev")
+    with pytest.raises(UnknownSchema, match="a schema is named by a text, not by None"):
+        Predictor(None)  # type: ignore[arg-type]
+
+
+def test_where_predictions_go_may_be_a_text(tmp_path: Path) -> None:
+    predictor = Predictor("flux-schnell", model="demo-schnell", output_dir=str(tmp_path / "a"), say=lambda _: None)
+    [path] = predictor.predict(prompt="x", num_inference_steps=1, megapixels="0.25")  # type: ignore[misc]
+    assert path.parent.parent == tmp_path / "a"
+    with pytest.raises(InvalidRequest, match="output_dir is a path, not 3"):
+        Predictor("flux-schnell", output_dir=3)  # type: ignore[arg-type]
 
 
 def test_a_model_of_another_family_is_remarked(tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ def test_what_is_not_understood(text: str, words: str, tmp_path: Path, monkeypat
     message = str(caught.value)
     assert words in message
     if "%0d" not in text:
-        assert "Understood are: a name" in message and message.startswith("extra_lora ")
+        assert "Understood are: " in message and "a name of a LoRA" in message and message.startswith("extra_lora ")
         assert caught.value.field == "extra_lora"
     assert "secret" not in message.lower(), message
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -15,12 +16,14 @@ from flux_engine import __version__
 from flux_engine.cli import about, bench, cog, generate, library, loras, plans, published, warmup, weights
 from flux_engine.cli.output import since_process_start as _since_process_start  # noqa: F401  for the benchmarks
 from flux_engine.cli.output import tell
-from flux_engine.errors import FluxEngineError
+from flux_engine.errors import FluxEngineError, did_you_mean
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 for an error, 2 for bad input."""
-    args = _parser().parse_args(argv)
+    args, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        args.command.error(_not_understood(unknown[0], args.command))
     try:
         return args.run(args) or 0
     except FluxEngineError as error:
@@ -42,7 +45,16 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for group in (generate, loras, library, about, published, cog, plans, bench, warmup, weights):
         group.add(commands)
+    for command in commands.choices.values():
+        command.set_defaults(command=command)
     return parser
+
+
+def _not_understood(word: str, command: argparse.ArgumentParser) -> str:
+    if not word.startswith("-"):
+        return f"{word!r} is one word too many: a text with spaces stands in quotes, and what is read as input after <"
+    options = re.findall(r"(?<![\w-])--[\w-]+", command.format_help())
+    return f"there is no option {word}{did_you_mean(word.partition('=')[0], options)}"
 
 
 def entry() -> None:

@@ -11,13 +11,12 @@ from typing import Any
 
 from flux_engine import hub
 from flux_engine.cli.output import show, tell
-from flux_engine.cli.published import NAMES
+from flux_engine.cli.published import NAMES, add_model, models_of
 from flux_engine.config import QUANTIZATIONS, EngineConfig
-from flux_engine.errors import InvalidRequest, OutputError
+from flux_engine.errors import OutputError
 from flux_engine.predictor.reading import reader
 from flux_engine.replicate.hosting import CUDA, Hosting, generate
 from flux_engine.replicate.pinned import from_here, pins, python
-from flux_engine.replicate.schema import Schema
 from flux_engine.replicate.schemas import find_schema
 from flux_engine.specs import SDXLSpec
 
@@ -33,13 +32,7 @@ def add(commands: Any) -> None:
     )
     init.add_argument("name", help=NAMES)
     init.add_argument("folder", type=Path, help="that is new or empty")
-    init.add_argument(
-        "--model",
-        action="append",
-        default=[],
-        metavar="MODEL",
-        help="that draws; CHOICE=MODEL, repeatable, where an input chooses. Default: the published one",
-    )
+    add_model(init)
     init.add_argument("--lora", metavar="REF", help="a fine-tune's own LoRA, as the schema's inputs name one")
     init.add_argument("--quantization", metavar="SCHEME", help=", ".join(QUANTIZATIONS))
     init.add_argument("--compile", action="store_true", help="have torch.compile make graphs when the model starts")
@@ -48,12 +41,12 @@ def add(commands: Any) -> None:
         "--requirement", metavar="LINE", help="that installs flux-engine, as 'flux-engine @ https://...'; see docs"
     )
     init.add_argument("--force", action="store_true", help="write over files that are there")
-    init.set_defaults(run=_init)
+    init.set_defaults(run=_init, command=init)
 
 
 def _init(args: argparse.Namespace) -> None:
     schema = find_schema(args.name)
-    models = _models(schema, args.model)
+    models = models_of(schema, args.model)
     # Refuse now what the hosted model would be refused when it starts.
     config = EngineConfig.from_environment(quantization=args.quantization)
     read = reader(schema.name, model=models, lora=args.lora, config=config)
@@ -62,8 +55,6 @@ def _init(args: argparse.Namespace) -> None:
     lines = pins(extras=["preprocess"] if schema.steering else [], also=also)
     if args.requirement:
         lines[0] = args.requirement
-    elif from_here():
-        tell(f"{lines[0]} is asked for where the image is built; if it is not to be had there, say --requirement")
     hosting = Hosting(
         models=models,
         lora=args.lora,
@@ -77,20 +68,11 @@ def _init(args: argparse.Namespace) -> None:
     write_folder(args.folder, texts, force=args.force)
     for path in texts:
         show(str(args.folder / path))
+    if not args.requirement and from_here():
+        tell(f"{lines[0]} is asked for where the image is built; if it is not to be had there, say --requirement")
     for model in [models] if isinstance(models, str) else (models or {}).values():
         if isinstance(hub.refer(model, hub.manifests(EngineConfig.from_environment().weights)), Path):
             tell(f"{model} is a path: where the model is hosted it has to lead to the same weights")
-
-
-def _models(schema: Schema, said: list[str]) -> Mapping[str, str] | str | None:
-    """What --model says, as `Predictor(model=)`. Raises InvalidRequest for what does not go together."""
-    split = {text.partition("=")[0]: text.partition("=")[2] for text in said}
-    if said and schema.models and all(choice in schema.models and model for choice, model in split.items()):
-        return split
-    if len(said) > 1:
-        choices = f" as {'=MODEL, '.join(schema.models)}=MODEL" if schema.models else " once"
-        raise InvalidRequest(f"--model {said[1]!r}: {schema.name} takes it{choices}", field="model")
-    return said[0] if said else None
 
 
 def write_folder(folder: Path, texts: Mapping[str, str], *, force: bool = False) -> None:

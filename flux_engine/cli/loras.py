@@ -21,14 +21,14 @@ def add(commands: Any) -> None:
     inspect = lora.add_parser("inspect", help="what a file is, and which models it was made for", allow_abbrev=False)
     inspect.add_argument("path", metavar="FILE", help="or what else names a LoRA, which is fetched")
     inspect.add_argument("--json", action="store_true")
-    inspect.set_defaults(run=_inspect)
+    inspect.set_defaults(run=_inspect, command=inspect)
     resolve = lora.add_parser("resolve", help="the file that a reference leads to, fetched if need be")
     resolve.add_argument("reference", metavar="REF")
     resolve.add_argument("--dry-run", action="store_true", help="say what it means, without the network")
     resolve.add_argument("--bare", default="huggingface", choices=get_args(Bare), help="where OWNER/NAME is looked up")
     resolve.add_argument("--offline", action="store_true", help="take it from what is here")
     resolve.add_argument("--json", action="store_true")
-    resolve.set_defaults(run=_resolve)
+    resolve.set_defaults(run=_resolve, command=resolve)
 
 
 def _resolve(args: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from flux_engine.cli.output import show
@@ -38,12 +39,35 @@ def add(commands: Any) -> None:
         '{"ok": true, "resolved": {...}} or {"ok": false, "detail": [...]}, and ends with 2 if not all are right.',
     )
     validate.add_argument("name", help=NAMES)
-    validate.add_argument("--model", help="that would draw; default: the published one")
+    add_model(validate)
+    validate.add_argument("--local-files", action="store_true", help="texts may be paths, of pictures and LoRAs")
     validate.add_argument(
         "--compat", choices=("published",), help="as the published predictors, also where that is odd"
     )
     validate.add_argument("--jsonl", action="store_true", help="inputs in every line, an answer in every line")
     validate.set_defaults(run=_validate)
+
+
+def add_model(command: argparse.ArgumentParser) -> None:
+    """The option that `models_of` reads."""
+    command.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="MODEL",
+        help="that draws; CHOICE=MODEL, repeatable, where an input chooses. Default: the published one",
+    )
+
+
+def models_of(schema: Schema, said: list[str]) -> Mapping[str, str] | str | None:
+    """What --model says, as `Predictor(model=)`. Raises InvalidRequest for what does not go together."""
+    split = {text.partition("=")[0]: text.partition("=")[2] for text in said}
+    if said and schema.models and all(choice in schema.models and model for choice, model in split.items()):
+        return split
+    if len(said) > 1:
+        choices = f" as {'=MODEL, '.join(schema.models)}=MODEL" if schema.models else " once"
+        raise InvalidRequest(f"--model {said[1]!r}: {schema.name} takes it{choices}", field="model")
+    return said[0] if said else None
 
 
 def _schema(args: argparse.Namespace) -> None:
@@ -74,7 +98,13 @@ def _table(schema: Schema) -> None:
 
 
 def _validate(args: argparse.Namespace) -> int:
-    read = reader(args.name, model=args.model, compat=args.compat, config=EngineConfig.from_environment())
+    read = reader(
+        args.name,
+        model=models_of(find_schema(args.name), args.model),
+        compat=args.compat,
+        local_files=args.local_files,
+        config=EngineConfig.from_environment(),
+    )
     # Bytes that are no UTF-8 come as marks, and are refused like any other text that is no JSON.
     sent = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", errors="replace")
     texts = (line for line in sent if line.strip()) if args.jsonl else iter([sent.read()])

@@ -48,24 +48,31 @@ def refer(
     if isinstance(named, os.PathLike):
         return Reference("path", str(Path(named).absolute()))
     word = named.strip() if isinstance(named, str) and re.fullmatch(r"\s*[\w.:-]+\s*", named) else ""
-    if word and word in _known():
+    known = _known() if word else {}
+    if word in known:
+        if known[word].kind != "lora":
+            raise InvalidRequest(f"{field} {word!r} is a {known[word].kind} and no LoRA", field=field)
         return Reference("known", word)
     try:
         return parse_reference(named, bare=bare, local=local, field=field)
-    except InvalidRequest as error:
-        near = did_you_mean(word, _known()) if word else ""
+    except InvalidRequest:
+        near = did_you_mean(word, [name for name, one in known.items() if one.kind == "lora"])
         scaled = re.fullmatch(r"(.+):(-?[\d.]+)", word)
         if scaled:
-            near = f": a scale is said as LoRA({scaled[1]!r}, {scaled[2]})."
-        if not near.strip("."):
+            near = f": a scale is said as LoRA({scaled[1]!r}, {scaled[2]})"
+        if near == ".":
             raise
-        raise InvalidRequest(f"{field} {word!r} names no LoRA{near} {error}", field=field) from None
+        raise InvalidRequest(f"{field} {word!r} names no LoRA{near}", field=field) from None
+
+
+def family_of(reference: Reference) -> str | None:
+    """Which models a LoRA is for, as far as that is known without its file."""
+    return _known()[reference.name].family if reference.kind == "known" else None
 
 
 def _known() -> dict[str, hub.Manifest]:
-    """The LoRAs that have names."""
-    listed = hub.manifests(EngineConfig.from_environment().weights)
-    return {name: manifest for name, manifest in listed.items() if manifest.kind == "lora"}
+    """What has a name."""
+    return hub.manifests(EngineConfig.from_environment().weights)
 
 
 def finder(

@@ -143,7 +143,8 @@ def _of_text(text: str, field: str, urls: bool, paths: bool, refuse: Refuse) -> 
             return content
         raise refuse(f"is neither a file that is there nor a picture in base64: {WAYS}") from None
     if not paths:
-        raise refuse("is neither a link, nor a data URI, nor a picture in base64 (a file is named by a path object)")
+        ways = "a file is named by a path object, and by a text only with local_files=True"
+        raise refuse(f"is neither a link, nor a data URI, nor a picture in base64 ({ways})")
     return _of_path(Path(text), refuse)
 
 

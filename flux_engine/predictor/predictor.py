@@ -15,7 +15,7 @@ from typing import Any
 from flux_engine.addons import ControlNets, Named
 from flux_engine.config import EngineConfig
 from flux_engine.engine import Engine
-from flux_engine.errors import OutputError
+from flux_engine.errors import InvalidRequest, OutputError
 from flux_engine.inputs.loras import LoRA
 from flux_engine.loading import load
 from flux_engine.lora.finding import Found, finder
@@ -72,7 +72,7 @@ class Predictor:
         prompt_hook: PromptHook | None = None,
         local_files: bool = False,
         compat: Compat | None = None,
-        output_dir: Path | None = None,
+        output_dir: str | os.PathLike[str] | None = None,
         c2pa: Signer | None = None,
         say: Callable[[str], None] = say_line,
     ) -> None:
@@ -92,6 +92,8 @@ class Predictor:
 
         Raises UnknownSchema, UnknownModel, or WeightsError for a path to nothing.
         """
+        if not isinstance(output_dir, str | os.PathLike | None):
+            raise InvalidRequest(f"output_dir is a path, not {output_dir!r}", field="output_dir")
         self.reader = reader(
             schema,
             model=model,
@@ -111,13 +113,16 @@ class Predictor:
             parsed(safety)
         self.device, self.dtype, self.quantization, self.memory = device, dtype, quantization, memory
         self.compile, self.compile_cache = compile, compile_cache
-        self.output_dir = output_dir
+        self.output_dir = None if output_dir is None else Path(output_dir)
         self.say = say
         self._own: Found | None = None
         """The file of `lora`, once it was looked for."""
         self._engines: dict[str, Engine] = {}
         self._checkers: dict[str, Checker | None] = {}
         self._loading = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"<Predictor: {self.schema.name} on {', '.join(self.reader.models.values())}>"
 
     @property
     def model(self) -> str:

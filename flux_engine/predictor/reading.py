@@ -11,7 +11,7 @@ from typing import Any, Literal
 from flux_engine import hub
 from flux_engine.addons import ControlNets, Named, controlnet_specs
 from flux_engine.config import EngineConfig
-from flux_engine.errors import InvalidRequest, UnknownSchema
+from flux_engine.errors import InvalidRequest
 from flux_engine.lora.finding import refer
 from flux_engine.predictor.compat import Compat, as_published, seed_of
 from flux_engine.predictor.translation import Translated, Wanted, translate
@@ -192,12 +192,7 @@ def reader(
     Raises UnknownSchema, UnknownModel, InvalidRequest, or WeightsError for a path to nothing.
     """
     known = hub.manifests(config.weights)
-    try:
-        declared = find_schema(schema)
-    except UnknownSchema:
-        if schema not in known:
-            raise
-        raise UnknownSchema(f"{schema!r} is a model and no schema: Predictor(SCHEMA, model={schema!r})") from None
+    declared = find_schema(schema)
     if compat not in (None, "published"):
         raise InvalidRequest(f"compat {compat!r} is neither 'published' nor None", field="compat")
     published = published_models(declared)

@@ -16,7 +16,7 @@ from flux_engine import pictures
 from flux_engine.errors import FluxEngineError, InvalidRequest
 from flux_engine.inputs import Control
 from flux_engine.inputs.following import divided
-from flux_engine.lora.finding import refer
+from flux_engine.lora.finding import family_of, refer
 from flux_engine.references import Reference
 from flux_engine.replicate.schema import CUSTOM, InvalidInput, Schema, Steering
 from flux_engine.request import NO_REFINER, Request
@@ -88,6 +88,8 @@ def translate(
         raise InvalidInput(work.problems)
     # The schema sets a seed no limits; torch counts seeds modulo 2^64, so that -1 is its largest.
     fields["seed"] = seed % 2**64
+    if fields["seed"] != seed:
+        work.notes.append(f"seed {seed} is taken for {fields['seed']}: seeds have 64 bits, and without one it is drawn")
     return Translated(Request(**fields), loras, tuple(work.notes), tuple(work.unread))
 
 
@@ -143,7 +145,12 @@ class _Translation:
             except FluxEngineError as error:
                 self.problems[one.weights] = str(error).removeprefix(f"{one.weights} ")
                 continue
-            if any(reference == other.reference for other in found):
+            family = family_of(reference)
+            if family not in (None, self.spec.family):
+                self.problems[one.weights] = (
+                    f"'{text}' is a LoRA for {family} models, and {self.spec.name} is one of {self.spec.family}"
+                )
+            elif any(reference == other.reference for other in found):
                 self.notes.append(f"{one.weights} ignored: it is the same as {found[0].input}")
             else:
                 found.append(Wanted(one.weights, reference, scale))

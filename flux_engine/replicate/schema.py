@@ -311,16 +311,20 @@ class Schema:
         known = [one.name for one in self.inputs]
         for name in given:
             if name not in known:
-                near = self._meant(name, known)
+                near = self._meant(name, given[name], known)
                 message = f"Extra inputs are not permitted{near} {self.name} takes {', '.join(known)}"
                 problems[name] = Refusal("extra_forbidden", message)
         if problems:
             raise InvalidInput(problems)
         return values
 
-    def _meant(self, name: object, known: list[str]) -> str:
+    def _meant(self, name: object, value: Any, known: list[str]) -> str:
         """What an unknown name may have meant: also a name that the library has for the same thing."""
+        if name == "input" and isinstance(value, Mapping):
+            return ": send what is inside of it."
         same = next((one.name for one in self.inputs if one.field == name), None)
+        if name in ("lora", "loras") and self.loras:
+            same = self.loras[0].weights
         if same is None:
             return did_you_mean(str(name)[:SHOWN], known)
         return f"; here it is {same!r}."

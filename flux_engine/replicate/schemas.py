@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from flux_engine import hub
 from flux_engine.errors import UnknownSchema, did_you_mean
 from flux_engine.replicate.dated import DATE, DATED
 from flux_engine.replicate.flux import (
@@ -64,11 +65,16 @@ AS_OF: Mapping[str, Schema] = MappingProxyType({schema.name: schema for schema i
 
 def find_schema(name: str) -> Schema:
     """A declared schema by name. Raises UnknownSchema with the known ones."""
+    if not isinstance(name, str):  # a caller's slip that Python lets pass
+        raise UnknownSchema(f"a schema is named by a text, not by {name!r}")
     found = SCHEMAS.get(name) or AS_OF.get(name)
     if found is not None:
         return found
+    known = f"Known: {', '.join(SCHEMAS)}"
     plain, at, date = name.partition("@")
     if at and plain in SCHEMAS:
         listed = ", ".join(AS_OF) if date == DATE else f"the only date is {DATE}"
         raise UnknownSchema(f"no schema {name!r}: of dated ones there are {listed}")
-    raise UnknownSchema(f"no schema {name!r}{did_you_mean(name, SCHEMAS)} Known: {', '.join(SCHEMAS)}")
+    if name in hub.manifests():
+        raise UnknownSchema(f"{name!r} is a model and no schema: name a schema, and it as its model. {known}")
+    raise UnknownSchema(f"no schema {name!r}{did_you_mean(name, SCHEMAS)} {known}")
