@@ -32,6 +32,9 @@ ENGINES: Mapping[str, Engine] = MappingProxyType(
         "diffusers-channels-last": Engine("diffusers", "torch_", ("channels_last",), kinds=("unet", "vae")),
         # Freezing packs the weights for oneDNN, which torch.compile leaves alone otherwise.
         "diffusers-compile": Engine("diffusers", "torch_", ("compile", "channels_last"), FREEZING),
+        "diffusers-max-autotune": Engine(
+            "diffusers", "torch_", ("compile", "channels_last"), {**FREEZING, "TORCHINDUCTOR_MAX_AUTOTUNE": "1"}
+        ),
         "torchao-int8": Engine("torchao", "torch_", ("torchao", "compile"), FREEZING, kinds=("flux", "unet")),
         "openvino-bf16": Engine("openvino", "openvino_", ()),
         "openvino-int8": Engine("openvino", "openvino_", ("int8",)),

@@ -9,7 +9,7 @@ from typing import Any
 
 import flux_engine
 from flux_engine import __version__, hub
-from flux_engine.cli import placed
+from flux_engine.cli import loading_options
 from flux_engine.cli.output import show
 from flux_engine.config import EngineConfig
 
@@ -18,7 +18,7 @@ def add(commands: Any) -> None:
     """Declare the command."""
     info = commands.add_parser("info", help="what this machine runs, and with --model what is in force for it")
     info.add_argument("--model")
-    placed.add_options(info)
+    loading_options.add_options(info)
     info.add_argument("--json", action="store_true")
     info.set_defaults(run=_info)
 
@@ -42,7 +42,7 @@ def _info(args: argparse.Namespace) -> None:
         "weights": str(hub.weights_folder()),
     }
     if args.model:
-        engine = flux_engine.load(args.model, **placed.said(args))
+        engine = flux_engine.load(args.model, **loading_options.said(args))
         report["model"] = engine.describe()
     if args.json:
         show(json.dumps(report))

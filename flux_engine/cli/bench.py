@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flux_engine.bench.runs import PRESETS, SWEEPS, SYNTHETIC, Run, find_preset, parse_depth, points_of, preset_for
-from flux_engine.cli import placed
+from flux_engine.cli import loading_options
 from flux_engine.cli.output import show, tell
 from flux_engine.errors import InvalidRequest, OutOfMemory, UnsupportedError
 
@@ -27,8 +27,8 @@ def add(commands: Any) -> None:
     what.add_argument("--preset", metavar="CARD", help=f"what is worth measuring on {', '.join(PRESETS)}; or auto")
     what.add_argument("--sweep", metavar="WHAT", help=f"how the cost grows with {', '.join(SWEEPS)}")
     how = bench.add_argument_group("how")
-    placed.add_options(how)
-    placed.add_compile(how)
+    loading_options.add_options(how)
+    loading_options.add_compile(how)
     how.add_argument("--width", type=int)
     how.add_argument("--height", type=int)
     how.add_argument("--pictures", type=int, default=1, metavar="N", help="at once")
@@ -48,7 +48,7 @@ def _bench(args: argparse.Namespace) -> None:
         model=args.model,
         synthetic=args.synthetic,
         depth=None if args.depth is None else parse_depth(args.depth),
-        **placed.said(args),
+        **loading_options.said(args),
         width=args.width,
         height=args.height,
         pictures=args.pictures,

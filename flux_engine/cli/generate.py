@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import flux_engine
 from flux_engine import files, hub
-from flux_engine.cli import placed, sources
+from flux_engine.cli import loading_options, sources
 from flux_engine.cli.output import show, since_process_start, tell
 from flux_engine.config import EngineConfig
 from flux_engine.errors import InvalidRequest
@@ -60,8 +60,8 @@ def _add_drawing(generate: argparse.ArgumentParser) -> None:
     generate.add_argument(
         "--model", default=DEFAULT_MODEL, help="a name (see `models`), a file or folder, or OWNER/NAME on the hub"
     )
-    placed.add_options(generate)
-    placed.add_compile(generate)
+    loading_options.add_options(generate)
+    loading_options.add_compile(generate)
     generate.add_argument("--compile-cache", metavar="FOLDER", help="that keeps what was compiled (see `warmup`)")
     generate.add_argument(
         "--lora",
@@ -131,7 +131,7 @@ def _generate(args: argparse.Namespace) -> None:
     timings = {"import": since_process_start()}
     engine = load(
         args.model,
-        **placed.said(args),
+        **loading_options.said(args),
         compile_cache=args.compile_cache,
         refiner=args.refiner,
         controlnets=beside.controlnets,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import flux_engine
-from flux_engine.cli import placed
+from flux_engine.cli import loading_options
 from flux_engine.cli.output import show, tell
 from flux_engine.config import COMPILE, EngineConfig
 from flux_engine.errors import InvalidRequest
@@ -23,7 +23,7 @@ def add(commands: Any) -> None:
     warmup = commands.add_parser("warmup", help="compile what a model needs, and keep it for the next process")
     warmup.add_argument("model", help="a name, a file or folder, or OWNER/NAME on the hub")
     warmup.add_argument("--save", type=Path, metavar="FOLDER", help="where it is kept; load it with compile_cache")
-    placed.add_compile(warmup, "default", COMPILE[1:])
+    loading_options.add_compile(warmup, "default", COMPILE[1:])
     warmup.add_argument(
         "--hot",
         action="append",
@@ -32,7 +32,7 @@ def add(commands: Any) -> None:
         help="as 1024x1024 or 16:9, with graphs of its own; repeatable",
     )
     warmup.add_argument("--num-outputs", type=int, default=1, metavar="N", help="of the hot sizes")
-    placed.add_options(warmup)
+    loading_options.add_options(warmup)
     warmup.add_argument("--json", action="store_true", help="print JSON only")
     warmup.set_defaults(run=_warmup)
 
@@ -42,7 +42,7 @@ def _warmup(args: argparse.Namespace) -> None:
         raise InvalidRequest(f"--compile 'off' leaves nothing to warm up: say one of {', '.join(COMPILE[1:])}")
     EngineConfig.from_environment(compile=args.compile)
     hot = [hot_request(size, args.num_outputs) for size in args.hot]
-    engine = flux_engine.load(args.model, **placed.said(args), compile_cache=args.save)
+    engine = flux_engine.load(args.model, **loading_options.said(args), compile_cache=args.save)
     for request in hot:  # what the model does not draw is told before minutes of compiling
         request.resolve(engine.spec)
     if not args.json:

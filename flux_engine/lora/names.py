@@ -124,7 +124,7 @@ SIGNS: Sequence[tuple[str, str]] = (
     (r"single_stream_modulation|double_stream_modulation", "FLUX.2"),
     (r"double_blocks|single_blocks|single_transformer_blocks|(^|\.|_)transformer_blocks[._]\d+[._]attn[._]", "FLUX.1"),
     (r"lora_te2_|text_encoder_2\.|transformer_blocks[._][2-9]|add_embedding|label_emb", "SDXL"),
-    (r"input_blocks|down_blocks|output_blocks|up_blocks|mid_block", "Stable Diffusion"),
+    (r"input_blocks|down_blocks|output_blocks|up_blocks|mid_block", "Stable Diffusion or SDXL"),
 )
 
 

@@ -300,7 +300,7 @@ def _wrong_model(path: Path, names: Sequence[str]) -> str:
         return f"{path} holds no tensor"
     if model is None:
         return f"{path} is no LoRA that is known here: it holds {_some(sorted(names))}"
-    return f"{path} was made for {model}, and fits nothing of this model: load it with one of that family"
+    return f"{path} was made for {model}, and fits nothing of this model"
 
 
 def _some(names: Sequence[str]) -> str:
