@@ -103,7 +103,7 @@ class Filling:
             else:
                 for row in range(0, len(weight), some):
                     rows = slice(start + row, min(start + row + some, stop))
-                    values[rows], scale[rows] = quantize_weight(weight[row : row + some], scheme)
+                    values[rows], scale[rows] = quantize_weight(weight[row : row + some], scheme, over=True)
                 told = scale[start:stop]
             # A sum is finite only if all are, and is sooner there; large numbers alone can make it infinite.
             if not told.sum(dtype=torch.float32).isfinite() and not told.isfinite().all():

@@ -98,9 +98,11 @@ def quantized_rows(
     recipe = source.recipes[name]
     count, width = recipe.shape
     step = max(1, BLOCK // (4 * max(1, width)))
+    room = torch.empty(min(step, count), width)
     for start in range(0, count, step):
-        rows = source.rows(name, start, min(start + step, count), dtype=torch.float32)
-        values, scale = quantize_weight(rows.to(device), scheme)
+        stop = min(start + step, count)
+        rows = source.rows(name, start, stop, dtype=torch.float32, own=True, into=room[: stop - start])
+        values, scale = quantize_weight(rows.to(device), scheme, over=True)
         finite = scale.isfinite()
         if not finite.all():
             row = start + int(finite.logical_not().nonzero()[0])

@@ -6,9 +6,11 @@ the source calls a tensor may lie in several pieces, in several files, under oth
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from types import TracebackType
 
@@ -22,6 +24,7 @@ from flux_engine.errors import WeightsError
 
 BUFFER = 2**20
 """Bytes read at a time where a tensor is converted: few enough to stay in the cache (benchmarks/load_weights.py)."""
+_OURS = threading.local()
 HALVES = {torch.float16, torch.bfloat16}
 """Between these torch converts number by number. By way of float32, which holds both exactly, it is vectorised."""
 
@@ -156,11 +159,12 @@ class WeightSource:
         *,
         dtype: torch.dtype | None = None,
         own: bool = False,
+        into: Tensor | None = None,
     ) -> Tensor:
         """Rows start to stop of a tensor along its first axis, all of them by default; in the stored dtype by default.
 
         What is needed as it is stored is mapped where it can be, and costs no memory of its own, unless it is to have
-        its `own`; what is converted is read in bounded pieces.
+        its `own`, which `into` may be, of their shape and dtype; what is converted is read in bounded pieces.
         Raises WeightsError for a name that is not there, rows that are not, or a file that was changed since.
         """
         if name not in self.recipes:
@@ -171,13 +175,13 @@ class WeightSource:
         if not 0 <= start <= stop <= count:
             raise WeightsError(f"{name!r} has {count} rows: there are none from {start} to {stop}")
         if recipe.transposed:
-            return _whole(recipe, dtype or recipe.dtype, own)[start:stop]
+            return _whole(recipe, dtype or recipe.dtype, own, None)[start:stop]
         if (start, stop) != (0, count):
             recipe = recipe.rows(start, stop)
         if recipe.widened:
             stored = replace(recipe, shape=(recipe.shape[0], recipe.shape[1] - recipe.widened), widened=0)
-            return F.pad(_whole(stored, dtype or recipe.dtype, own), (0, recipe.widened))
-        return _whole(recipe, dtype or recipe.dtype, own)
+            return F.pad(_whole(stored, dtype or recipe.dtype, own, None), (0, recipe.widened))
+        return _whole(recipe, dtype or recipe.dtype, own, into)
 
 
 @contextmanager
@@ -194,7 +198,7 @@ def opened(path: Path, *, keep: bool = False) -> Iterator[WeightSource]:
         source.close()
 
 
-def _whole(recipe: Recipe, dtype: torch.dtype, own: bool) -> Tensor:
+def _whole(recipe: Recipe, dtype: torch.dtype, own: bool, into: Tensor | None) -> Tensor:
     if len(recipe.pieces) == 1 and dtype == recipe.dtype and not own and not recipe.scaled:
         (piece,) = recipe.pieces
         stored = piece.file.mapped(piece.name)
@@ -202,7 +206,7 @@ def _whole(recipe: Recipe, dtype: torch.dtype, own: bool) -> Tensor:
             if stored.ndim:
                 stored = stored[piece.start : piece.stop]
             return stored.T.contiguous() if recipe.transposed else stored.view(recipe.shape)
-    out = torch.empty(recipe.shape[::-1] if recipe.transposed else recipe.shape, dtype=dtype)
+    out = torch.empty(recipe.shape[::-1] if recipe.transposed else recipe.shape, dtype=dtype) if into is None else into
     if not out.numel():
         return out
     flat = out.view(sum(piece.stop - piece.start for piece in recipe.pieces), -1)
@@ -212,13 +216,23 @@ def _whole(recipe: Recipe, dtype: torch.dtype, own: bool) -> Tensor:
     return out.T.contiguous() if recipe.transposed else out
 
 
+def _room(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Memory of this thread to read pieces into: to be given some by the system takes longer than to read."""
+    size = prod(shape) * dtype.itemsize
+    if size > BUFFER:
+        return torch.empty(shape, dtype=dtype)
+    if not hasattr(_OURS, "bytes"):
+        _OURS.bytes = torch.empty(BUFFER, dtype=torch.uint8)
+    return _OURS.bytes[:size].view(dtype).view(shape)
+
+
 def _read(piece: Piece, out: Tensor, at: int) -> int:
     """Into the rows of `out` from `at` on -> where the next piece begins."""
     stored, scale = piece.dtype, piece.scale
     width = out.shape[1]
     step = max(1, BUFFER // max(1, width * stored.itemsize))
     some = (min(step, piece.stop - piece.start), width)
-    buffer = None if out.dtype == stored and scale is None else torch.empty(some, dtype=stored)
+    buffer = None if out.dtype == stored and scale is None else _room(some, stored)
     by_way = scale is not None or {stored, out.dtype} == HALVES
     middle = torch.empty(some, dtype=torch.float32) if by_way else None
     for start in range(piece.start, piece.stop, step):

@@ -48,24 +48,25 @@ FP8_STORAGE = Scheme("fp8-storage", torch.float8_e4m3fn, 448.0, False)
 SCHEMES: Mapping[str, Scheme] = {scheme.name: scheme for scheme in (INT8, FP8, INT8_STORAGE, FP8_STORAGE)}
 
 
-def quantize_rows(x: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor, scheme: Scheme, *, over: bool = False) -> tuple[Tensor, Tensor]:
     """x (M, K) -> values (M, K) in the scheme's dtype, and scale (M,), float32: a row is about values times scale.
 
-    A row that is not finite has a scale that is not either, and so has everything that comes of it.
+    A row that is not finite has a scale that is not either, and so has everything that comes of it. `over` lets x, if
+    it is in float32, be written over, which on a CPU is sooner done than to find memory.
     """
     x = x.float()
     scale = _largest(x).div_(scheme.limit).clamp_(min=TINY)
-    return _rounded(x / scale, scheme), scale.squeeze(1)
+    return _rounded(x.div_(scale) if over else x / scale, scheme), scale.squeeze(1)
 
 
-def quantize_weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+def quantize_weight(weight: Tensor, scheme: Scheme, *, over: bool = False) -> tuple[Tensor, Tensor]:
     """The same for rows of a weight, with more care, as it is done once.
 
     What is rounded to e4m3 has the same relative error at every magnitude, so a row's largest number need not become
     the largest there is: of TRIES scales within an octave each row has that with the smallest squared error.
     """
     if not scheme.dtype.is_floating_point:
-        return quantize_rows(weight, scheme)
+        return quantize_rows(weight, scheme, over=over)
     weight = weight.float()
     least = _largest(weight).div_(scheme.limit).clamp_(min=TINY)
     best = torch.full_like(least, float("inf"))
