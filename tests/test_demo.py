@@ -132,7 +132,7 @@ def sdxl() -> Engine:
 
 @pytest.fixture(scope="module")
 def by_sdxl(sdxl: Engine) -> Report:
-    return measured(sdxl, 400, held_out=True)
+    return measured(sdxl, 200)
 
 
 @pytest.fixture(scope="module")
@@ -158,23 +158,25 @@ def test_demo_sdxl_turbo_draws_in_four_steps(by_turbo: Report) -> None:
 )
 def test_in_8_bits_they_draw_what_they_draw(model: str, name: str, scheme: str, request: pytest.FixtureRequest) -> None:
     """The same scenes from the same seeds."""
-    whole: Report = request.getfixturevalue(name)
+    whole = Report(tuple(request.getfixturevalue(name).asked[:100]))
     report = measured(flux_engine.load(model, quantization=scheme), len(whole.asked))
     print(f"{model} in full precision {whole.adherence}, in {scheme} {report.adherence}")  # noqa: T201
     assert abs(share(report.adherence) - share(whole.adherence)) <= 0.02
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("size", dict.fromkeys(adherence.all_sizes(DEMO_SDXL)), ids=lambda size: f"{size[0]}x{size[1]}")
-def test_every_size_of_demo_sdxl(sdxl: Engine, size: tuple[int, int]) -> None:
-    assert share(measured(sdxl, 50, sizes=[size]).adherence) >= 0.80
+def test_every_size_of_demo_sdxl(sdxl: Engine) -> None:
+    """`python -m benchmarks.adherence --model demo-sdxl --size all --count 50` tells more of each."""
+    report = measured(sdxl, 20, sizes=list(dict.fromkeys(adherence.all_sizes(DEMO_SDXL))))
+    assert share(report.adherence) >= 0.85
+    assert min(map(share, report.sizes.values())) >= 0.70, report.sizes
 
 
 @pytest.mark.full
 def test_a_negative_prompt_takes_a_color_away(sdxl: Engine) -> None:
     """Of the colours that a prompt leaves open, the three that come most often come, taken together, a fifth as often
     where the negative prompt names each."""
-    prompt, count = "a large circle on a white background", 60
+    prompt, count = "a large circle on a white background", 30
 
     def colors(**asked: Any) -> list[str]:
         pictures = (sdxl(prompt, seed=seed, **asked).image for seed in range(count))
