@@ -179,9 +179,15 @@ class QuantizedLinear(nn.Module):
         if self.scheme is FP8_STORAGE and kernels.on_card("fp8_storage_linear", x):
             return torch.ops.flux_kernels.fp8_storage_linear(x, self.weight, self.weight_scale, self.bias)
         item = 4 if x.dtype is torch.float16 else 2  # bytes that a number of the weight takes meanwhile
-        count = max(1, (WORK if x.is_cuda else BLOCK) // (item * self.in_features))
-        parts = [self._block(x, slice(start, start + count)) for start in range(0, self.out_features, count)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        # On a processor not by the number of tokens, on which a token's last bits would then depend.
+        count = WORK // max(item * self.in_features, 4 * len(x)) if x.is_cuda else BLOCK // (item * self.in_features)
+        count = max(1, count)
+        if count >= self.out_features:
+            return self._block(x, slice(None))
+        out = x.new_empty(len(x), self.out_features)
+        for start in range(0, self.out_features, count):
+            out[:, start : start + count] = self._block(x, slice(start, start + count))
+        return out
 
     def _block(self, x: Tensor, rows: slice) -> Tensor:
         """Some columns of the result."""
