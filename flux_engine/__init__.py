@@ -75,7 +75,7 @@ __all__ = [
 _HEAVY = {
     "Engine": "flux_engine.engine",
     "LoRA": "flux_engine.inputs.loras",
-    "Predictor": "flux_engine.predictor",
+    "Predictor": "flux_engine.predictor.predictor",
     "Result": "flux_engine.result",
     "load": "flux_engine.loading",
     "quantize": "flux_engine.saving",
