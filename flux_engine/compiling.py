@@ -76,11 +76,13 @@ class Graphs:
         too many graphs; torch's own errors say why."""
         from torch._dynamo import exc
 
+        dynamo: Any = importlib.import_module("torch._dynamo.config")
         symbols: Any = importlib.import_module("torch.fx.experimental._config")
         before = self.made
         try:
-            # Sizes that are equal by chance, as of a square picture, are not taken to be equal always.
-            with symbols.patch(use_duck_shape=False), torch_keeping_in(self.cache):
+            # Sizes that are equal by chance, as of a square picture, are not taken to be equal always; a number such as
+            # a norm's eps is, or torch makes a graph with it as a variable, finds it is none, and makes it again.
+            with symbols.patch(use_duck_shape=False), dynamo.patch(specialize_float=True), torch_keeping_in(self.cache):
                 yield
         except exc.FailOnRecompileLimitHit as error:
             raise UnsupportedError(
