@@ -80,8 +80,8 @@ class Graphs:
         symbols: Any = importlib.import_module("torch.fx.experimental._config")
         before = self.made
         try:
-            # Sizes that are equal by chance, as of a square picture, are not taken to be equal always; a number such as
-            # a norm's eps is, or torch makes a graph with it as a variable, finds it is none, and makes it again.
+            # Sizes that are equal by chance, as of a square picture, are not taken to be equal always. A number that is
+            # no size is a constant: of a norm's eps as a variable torch finds out that it is none, and begins anew.
             with symbols.patch(use_duck_shape=False), dynamo.patch(specialize_float=True), torch_keeping_in(self.cache):
                 yield
         except exc.FailOnRecompileLimitHit as error:
