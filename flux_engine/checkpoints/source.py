@@ -216,14 +216,15 @@ def _whole(recipe: Recipe, dtype: torch.dtype, own: bool, into: Tensor | None) -
     return out.T.contiguous() if recipe.transposed else out
 
 
-def _room(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Memory of this thread to read pieces into: to be given some by the system takes longer than to read."""
+def _room(shape: tuple[int, int], dtype: torch.dtype, purpose: str) -> Tensor:
+    """Memory of this thread for pieces on their way: to be given some by the system takes longer than to read, and what
+    is freed between tensors that stay may leave holes. One tensor at a time for each purpose."""
     size = prod(shape) * dtype.itemsize
-    if size > BUFFER:
+    if size > 4 * BUFFER:
         return torch.empty(shape, dtype=dtype)
-    if not hasattr(_OURS, "bytes"):
-        _OURS.bytes = torch.empty(BUFFER, dtype=torch.uint8)
-    return _OURS.bytes[:size].view(dtype).view(shape)
+    if not hasattr(_OURS, purpose):
+        setattr(_OURS, purpose, torch.empty(4 * BUFFER, dtype=torch.uint8))
+    return getattr(_OURS, purpose)[:size].view(dtype).view(shape)
 
 
 def _read(piece: Piece, out: Tensor, at: int) -> int:
@@ -232,9 +233,9 @@ def _read(piece: Piece, out: Tensor, at: int) -> int:
     width = out.shape[1]
     step = max(1, BUFFER // max(1, width * stored.itemsize))
     some = (min(step, piece.stop - piece.start), width)
-    buffer = None if out.dtype == stored and scale is None else _room(some, stored)
+    buffer = None if out.dtype == stored and scale is None else _room(some, stored, "read")
     by_way = scale is not None or {stored, out.dtype} == HALVES
-    middle = torch.empty(some, dtype=torch.float32) if by_way else None
+    middle = _room(some, torch.float32, "converted") if by_way else None
     for start in range(piece.start, piece.stop, step):
         stop = min(start + step, piece.stop)
         rows = out[at : at + stop - start]
