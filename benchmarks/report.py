@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,10 @@ def _table(head: list[str], rows: Iterable[list[str]]) -> list[str]:
 
 
 def _plot(folder: Path, name: str, drawn: str) -> str:
-    file = "report-" + re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".svg"
+    """Written under its name, numbered where another machine's has that already -> the line that shows it."""
+    stem = "report-" + re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    names = (f"{stem}{'' if number == 1 else f'-{number}'}.svg" for number in count(1))
+    file = next(each for each in names if not (folder / each).exists())
     (folder / file).write_text(drawn, encoding="utf-8")
     return f"![{name}]({file})"
 

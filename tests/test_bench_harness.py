@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -118,6 +119,18 @@ def test_a_report_of_every_kind_of_line(tmp_path: Path) -> None:
     for file in drawn:
         ET.parse(tmp_path / file)  # well formed
         assert f"({file})" in text
+
+
+def test_every_machine_has_its_own_plot(tmp_path: Path) -> None:
+    for device, step in (("slow", 4.0), ("fast", 1.0)):
+        runs = {"ours": [{"step": step}], "theirs": [{"step": 2 * step}]}
+        line = harness.summary("rivals test", runs, "theirs")
+        harness.save({**line, "machine": {"device": device}}, "test", tmp_path)
+    for _ in range(2):  # what is there already is written anew
+        text = report.write(report.read(tmp_path), tmp_path).read_text()
+    shown = re.findall(r"\((report-\S+\.svg)\)", text)
+    assert shown == ["report-rivals-test.svg", "report-rivals-test-2.svg"]
+    assert len({(tmp_path / file).read_text() for file in shown}) == len(list(tmp_path.glob("*.svg"))) == 2
 
 
 def test_the_results_that_are_kept_make_a_report(tmp_path: Path) -> None:
