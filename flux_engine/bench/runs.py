@@ -107,8 +107,13 @@ def points_of(run: Run, sweep: str) -> list[tuple[int, Run]]:
         raise InvalidRequest(f"--sweep {sweep!r} is not one of {', '.join(SWEEPS)}{did_you_mean(sweep, SWEEPS)}")
     if sweep == "steps" and run.synthetic in ("vae", "sdxl-vae"):
         raise InvalidRequest("--sweep steps: an autoencoder decodes once; sweep batch or size")
-    if sweep == "size" and (run.width or run.height):
-        raise InvalidRequest("--sweep size varies width and height itself: leave them out")
+    varied, given = {
+        "batch": ("pictures", run.pictures != 1),
+        "size": ("width and height", run.width or run.height),
+        "steps": ("steps", run.steps),
+    }[sweep]
+    if given:
+        raise InvalidRequest(f"--sweep {sweep} varies {varied} itself: leave them out")
     changes = {
         "batch": lambda n: {"pictures": n},
         "size": lambda n: {"width": n, "height": n},

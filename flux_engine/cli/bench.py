@@ -31,7 +31,7 @@ def add(commands: Any) -> None:
     loading_options.add_compile(how)
     how.add_argument("--width", type=int)
     how.add_argument("--height", type=int)
-    how.add_argument("--pictures", type=int, default=1, metavar="N", help="at once")
+    how.add_argument("--pictures", type=int, metavar="N", help="at once")
     how.add_argument("--steps", type=int, metavar="N")
     how.add_argument("--repeats", type=int, default=3, metavar="N")
     how.add_argument("--warm-up", type=int, default=1, metavar="N", help="repeats before those that count")
@@ -51,7 +51,7 @@ def _bench(args: argparse.Namespace) -> None:
         **loading_options.said(args),
         width=args.width,
         height=args.height,
-        pictures=args.pictures,
+        pictures=1 if args.pictures is None else args.pictures,
         steps=args.steps,
         repeats=args.repeats,
         warm_up=args.warm_up,
@@ -66,7 +66,7 @@ def _bench(args: argparse.Namespace) -> None:
 def _preset(args: argparse.Namespace) -> None:
     """Every run of it; one that does not fit is told, and the others go on."""
     given = [name for name in ("model", "synthetic", "depth", "sweep", "dtype", "quantization", "compile", "width",
-                               "height", "steps", "memory") if getattr(args, name) is not None]  # fmt: skip
+                               "height", "pictures", "steps", "memory") if getattr(args, name) is not None]  # fmt: skip
     if given:
         raise InvalidRequest(f"--preset says itself what is measured: leave out {', '.join(given)}")
     runs = None if args.preset == "auto" else find_preset(args.preset)
