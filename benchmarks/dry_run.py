@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo import eval_frame
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -193,8 +194,20 @@ def dry_run() -> Iterator[Card]:
     """Inside, tensors have no numbers, and those on "cuda" are watched."""
     register_guard()
     card = Card()
-    with FakeTensorMode(allow_non_fake_inputs=True), card, torch.inference_mode():
+    with FakeTensorMode(allow_non_fake_inputs=True), card, torch.inference_mode(), _arguments_held():
         yield card
+
+
+@contextmanager
+def _arguments_held() -> Iterator[None]:
+    """While torch listens to frames, which it does for ever after a compilation that failed, CPython keeps what a
+    function is given until it returns, even if that lets go of it before. So live a few tensors more: counted are these
+    processes, as what is foretold has to hold in them as well."""
+    before = eval_frame.set_eval_frame(False)  # listens, and compiles nothing
+    try:
+        yield
+    finally:
+        eval_frame.set_eval_frame(before)
 
 
 def placed(module: nn.Module, dtype: torch.dtype, card: Card, without: Collection[str] = ()) -> Any:

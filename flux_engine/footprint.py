@@ -107,7 +107,7 @@ def work_of(spec: ModelSpec, dtype: str, quantized: bool, extent: Extent) -> dic
         text += in_text * wide(max(length, t5.d_model), t5.d_ff)
         made = 2.4 * told + in_made * wide(6 * D, D)
         every = tokens + extent.reference + length
-        denoise = 22.4 * item * rows * every * D + 2 * told + 2 * wide(rows * every, 7 * D)
+        denoise = 23 * item * rows * every * D + 2 * told + 2 * wide(rows * every, 7 * D)
         denoise += (15 * extent.controlnets * tokens + extent.kept * (every - length)) * item * rows * D
     else:
         unet = network_of(spec)
@@ -117,7 +117,7 @@ def work_of(spec: ModelSpec, dtype: str, quantized: bool, extent: Extent) -> dic
         told = item * rows * 77 * unet.cross_attention_dim
         statics = item * rows * (77 * _text_channels(unet) + extent.steps * _time_channels(unet))
         made = told
-        states = 15.2 + 5 * extent.controlnets + extent.kept
+        states = 16.1 + 5 * extent.controlnets + extent.kept
         denoise = item * rows * positions * D[0] * states + wide(rows * positions, 8 * D[0])
     several = 1 if isinstance(spec, FluxSpec) and rows == 1 else 2.05  # first row by row, then together
     pixels = extent.width * extent.height * spec.vae.channels * _vae_item(spec, dtype)
