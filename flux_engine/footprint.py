@@ -107,7 +107,7 @@ def work_of(spec: ModelSpec, dtype: str, quantized: bool, extent: Extent) -> dic
         text += in_text * wide(max(length, t5.d_model), t5.d_ff)
         made = 2.4 * told + in_made * wide(6 * D, D)
         every = tokens + extent.reference + length
-        denoise = 23 * item * rows * every * D + 2 * told + 2 * wide(rows * every, 7 * D)
+        denoise = 23.2 * item * rows * every * D + 2 * told + 2 * wide(rows * every, 7 * D)
         denoise += (15 * extent.controlnets * tokens + extent.kept * (every - length)) * item * rows * D
     else:
         unet = network_of(spec)
