@@ -19,6 +19,10 @@ SWEEPS: Mapping[str, tuple[int, ...]] = MappingProxyType(
     {"batch": (1, 2, 4, 8), "size": (256, 512, 768, 1024), "steps": (1, 2, 4, 8)}
 )
 """What is varied -> the points: pictures at once, pixels along a side, steps."""
+VARIED: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"batch": ("pictures",), "size": ("width", "height"), "steps": ("steps",)}
+)
+"""The same -> the fields of a run that are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,19 +111,10 @@ def points_of(run: Run, sweep: str) -> list[tuple[int, Run]]:
         raise InvalidRequest(f"--sweep {sweep!r} is not one of {', '.join(SWEEPS)}{did_you_mean(sweep, SWEEPS)}")
     if sweep == "steps" and run.synthetic in ("vae", "sdxl-vae"):
         raise InvalidRequest("--sweep steps: an autoencoder decodes once; sweep batch or size")
-    varied, given = {
-        "batch": ("pictures", run.pictures != 1),
-        "size": ("width and height", run.width or run.height),
-        "steps": ("steps", run.steps),
-    }[sweep]
-    if given:
-        raise InvalidRequest(f"--sweep {sweep} varies {varied} itself: leave them out")
-    changes = {
-        "batch": lambda n: {"pictures": n},
-        "size": lambda n: {"width": n, "height": n},
-        "steps": lambda n: {"steps": n},
-    }[sweep]
-    return [(n, replace(run, **changes(n), ceilings=False)) for n in SWEEPS[sweep]]
+    varied = VARIED[sweep]
+    if any(getattr(run, name) != getattr(Run, name) for name in varied):
+        raise InvalidRequest(f"--sweep {sweep} varies {' and '.join(varied)} itself: leave them out")
+    return [(n, replace(run, **dict.fromkeys(varied, n), ceilings=False)) for n in SWEEPS[sweep]]
 
 
 def _cells(*cells: tuple[str, str, str], dtype: str, depth: tuple[int, int] | None = None) -> tuple[Run, ...]:
