@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo import eval_frame
 
 import flux_engine
 from benchmarks.dry_run import CUDA, Card, DryRunError, dry_run, placed, request
@@ -38,6 +39,24 @@ def test_a_request_of_flux(quantization: str) -> None:
 def test_a_request_of_sdxl(quantization: str) -> None:
     card = run("demo-sdxl", quantization=quantization, negative_prompt="a blue circle", num_outputs=2)
     assert card.operations > 1000 and card.peak > 5e6
+
+
+@pytest.mark.parametrize("listening", [None, False])
+def test_what_a_caller_holds_is_counted(listening: bool | None) -> None:
+    """Whether torch listens to frames, as after a compilation that failed, or not yet: bytes are those of the first."""
+
+    def lets_go(x: Tensor) -> Tensor:
+        x = x.sum()
+        return torch.empty(1000, device=x.device)
+
+    before = eval_frame.set_eval_frame(listening)
+    try:
+        with dry_run() as card:
+            lets_go(torch.empty(1000, device=CUDA))
+        assert eval_frame.get_eval_frame_callback() is listening
+    finally:
+        eval_frame.set_eval_frame(before)
+    assert card.peak >= 2 * 4000
 
 
 PLANTED: dict[str, tuple[Callable[[Tensor], object], str]] = {
